@@ -1,0 +1,62 @@
+"""portllm: port low-rank patches to evolved models, in place, at the speed of memory.
+
+``import portllm`` is cheap: torch, and the op ``torch.ops.portllm.lowrank_add_``, are loaded when a name below
+is first used (or by ``import portllm.ops``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint import apply_checkpoint as apply_checkpoint
+    from .errors import BackendError as BackendError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import PatchError as PatchError
+    from .errors import PlanError as PlanError
+    from .errors import PortllmError as PortllmError
+    from .errors import UnsupportedPatchError as UnsupportedPatchError
+    from .fingerprint import stamp as stamp
+    from .live import Applied as Applied
+    from .live import apply as apply
+    from .live import plan as plan
+    from .live import remove as remove
+    from .ops import lowrank_add_ as lowrank_add_
+    from .patch import Patch as Patch
+    from .planning import Plan as Plan
+
+_HOMES = {
+    "Applied": "live",
+    "BackendError": "errors",
+    "CheckpointError": "errors",
+    "Patch": "patch",
+    "PatchError": "errors",
+    "Plan": "planning",
+    "PlanError": "errors",
+    "PortllmError": "errors",
+    "UnsupportedPatchError": "errors",
+    "apply": "live",
+    "apply_checkpoint": "checkpoint",
+    "lowrank_add_": "ops",
+    "plan": "live",
+    "remove": "live",
+    "stamp": "fingerprint",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

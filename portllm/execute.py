@@ -1,0 +1,167 @@
+"""Execute a Plan on tensors in memory: the only place that writes to weights."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .planning import Assign, Plan, Term, Update
+from .reference import accumulation_dtype, ieee_matmul, row_blocks
+
+
+def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> None:
+    """Write the plan into ``tensors`` (every name in ``plan.tensors`` must be there).
+
+    All factors are on the weights' devices, and the backend is chosen, before the first write; an interrupt
+    that comes while weights are being written waits for the last of them, so nothing is ever half-applied.
+
+    Raises:
+        BackendError, torch.OutOfMemoryError: before the first write.
+    """
+    to_device = _Mover()
+    assigns = [(a, tensors[a.name].detach(), to_device(a.value, tensors[a.name].device)) for a in plan.assigns]
+    plain: list[tuple[Tensor, tuple[Term, ...]]] = []
+    dora: list[tuple[Tensor, tuple[Term, ...]]] = []
+    for update in plan.updates:
+        view = update.region.view(tensors[update.name].detach())
+        terms = tuple(_on_device(term, view.device, to_device) for term in update.terms)
+        (dora if update.is_dora else plain).append((view, terms))
+        if not update.is_dora:
+            ops.backend_for(view, backend)
+    inference = any(tensors[name].is_inference() for name in plan.tensors)
+    with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
+        for assign, tensor, value in assigns:
+            _assign(assign, tensor, value)
+        if plain:
+            ops.lowrank_add_(
+                [view for view, _ in plain],
+                [term.lora_A for _, terms in plain for term in terms],
+                [term.lora_B for _, terms in plain for term in terms],
+                [term.scaling for _, terms in plain for term in terms],
+                [len(terms) for _, terms in plain],
+                backend,
+            )
+        for view, terms in dora:
+            dora_(view, terms)
+
+
+def devices_touched(plan: Plan, tensors: Mapping[str, Tensor]) -> set[torch.device]:
+    """The devices that the plan writes to."""
+    return {tensors[name].device for name in plan.tensors}
+
+
+def _assign(assign: Assign, tensor: Tensor, value: Tensor) -> None:
+    if assign.by_index:
+        index = torch.tensor(assign.rows, device=tensor.device)
+        new = value if assign.strength == 1.0 else _lerp(tensor[index], value, assign.strength)
+        tensor.index_copy_(0, index, new.to(tensor.dtype))
+        return
+    part = tensor if assign.rows is None else tensor[slice(*assign.rows)]
+    part.copy_(value if assign.strength == 1.0 else _lerp(part, value, assign.strength))
+
+
+def _lerp(old: Tensor, new: Tensor, strength: float) -> Tensor:
+    dtype = accumulation_dtype(old)
+    return torch.lerp(old.to(dtype), new.to(dtype), strength)
+
+
+def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
+    """DoRA in place (arXiv 2402.09353, eq. 5): ``W <- W + sum_t strength_t (m_t (W + D_t) / ||W + D_t|| - W)``.
+
+    Args:
+        weight: [m, n].
+        terms: DoRA terms, each with the norm over its own axis; plain terms among them add ``D_t``. Every term
+            sees the weight as it was before the call, so that several adapters do not depend on their order.
+    """
+    dtype = accumulation_dtype(weight)
+    with ieee_matmul():
+        norms = [_column_norms(weight, term, dtype) if term.magnitude_axis == 1 else None for term in terms]
+        for rows in row_blocks(*weight.shape):
+            base = weight[rows].to(dtype)
+            total: Tensor | None = None
+            for term, column_norm in zip(terms, norms, strict=True):
+                tuned = base + _delta(term, rows, dtype)
+                if term.magnitude is not None:
+                    magnitude = term.magnitude.to(dtype)
+                    if column_norm is None:
+                        norm = torch.linalg.vector_norm(tuned, dim=1, keepdim=True)
+                        tuned *= _ratio(magnitude[rows].unsqueeze(1), norm)
+                    else:
+                        tuned *= _ratio(magnitude, column_norm)
+                if len(terms) == 1 and term.strength == 1.0:
+                    total = tuned
+                else:
+                    total = (base if total is None else total) + (tuned - base) * term.strength
+            weight[rows] = total.to(weight.dtype) if total is not None else base.to(weight.dtype)
+
+
+def _delta(term: Term, rows: slice, dtype: torch.dtype) -> Tensor:
+    return (term.lora_B[rows].to(dtype) @ term.lora_A.to(dtype)) * term.scaling
+
+
+def _column_norms(weight: Tensor, term: Term, dtype: torch.dtype) -> Tensor | None:
+    if term.magnitude is None:
+        return None
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        total += (weight[rows].to(dtype) + _delta(term, rows, dtype)).double().square().sum(0)
+    return total.sqrt().to(dtype)
+
+
+def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm; a vector of zeros has no direction and stays zero."""
+    return torch.where(norm > 0, magnitude / norm, 0.0)
+
+
+def _on_device(term: Term, device: torch.device, to_device: Callable[[Tensor, torch.device], Tensor]) -> Term:
+    magnitude = None if term.magnitude is None else to_device(term.magnitude, device)
+    lora_A, lora_B = to_device(term.lora_A, device), to_device(term.lora_B, device)
+    return Term(lora_A, lora_B, term.scaling, magnitude, term.magnitude_axis, term.strength)
+
+
+class _Mover:
+    """Moves each factor to each device once, however many weights use it."""
+
+    def __init__(self) -> None:
+        self._moved: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        key = (device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self._moved:
+            self._moved[key] = tensor.to(device)
+        return self._moved[key]
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Hold SIGINT back until the block is done, then deliver it (main thread only; elsewhere it cannot strike)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught and callable(previous):
+            previous(*caught[0])
+
+
+def update_norms(update: Update, tensor: Tensor) -> tuple[float, float]:
+    """(||delta||, ||W||) of one update, Frobenius, the latter over the region as it is now."""
+    view = update.region.view(tensor)
+    total = 0.0
+    for rows in row_blocks(*view.shape):
+        total += float(view[rows].double().square().sum())
+    return update.delta_norm(), total**0.5

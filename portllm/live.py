@@ -1,0 +1,226 @@
+"""Live targets: nn.Modules and state dicts, patched in place; parameters keep their identity and their memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bind import ExpertLayout, Options, Target, Tied, bind
+from .errors import PlanError
+from .execute import execute
+from .patch import Patch
+from .planning import Plan
+
+Source = Patch | str | os.PathLike[str]
+Patches = Source | Sequence[Source | tuple[Source, float]]
+Live = nn.Module | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A patch, or several, on a live target.
+
+    Attributes:
+        target: the module or state dict that was patched.
+        plan: what was written.
+    """
+
+    target: Live
+    plan: Plan
+    backend: str = "auto"
+
+    def remove(self) -> None:
+        """Subtract what was added. Not exact yet: each weight may end one rounding away from where it began.
+
+        Raises:
+            PlanError: values were replaced, or the patch has DoRA terms; nothing has been written then.
+        """
+        tensors = live_target(self.target).tensors
+        execute(self.plan.negated(), tensors, backend=self.backend)
+
+
+def apply(
+    target: Live,
+    patch: Patches,
+    scale: float = 1.0,
+    *,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+    backend: str = "auto",
+) -> Applied:
+    """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
+
+    Args:
+        target: a module (also spread over devices), or a mapping of names to tensors.
+        patch: a Patch, an adapter directory or hub id, or a list of them or of ``(patch, weight)`` pairs.
+        scale: strength, times each pair's own weight. For DoRA and for replaced tensors it is the share of the
+            way from the old values to the new ones.
+        strict: a patch that matches only partly is an error (one that matches nothing always is).
+        tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
+            of its names a tensor of its own first.
+        expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
+        backend: see ``portllm.ops.backend_for``.
+
+    Returns:
+        A handle with the plan, and ``remove()``.
+
+    Raises:
+        PatchError: the patch cannot be read.
+        PlanError: it does not fit: names, shapes, ties, meta or quantised weights.
+        BackendError: the backend is not available.
+        All before the first weight is touched. An interrupt during the writes is delivered after the last one.
+    """
+    live = live_target(target)
+    made = bind(live, as_patches(patch, scale), Options(tied, expert_layout))
+    made.check_complete(strict=strict)
+    for name in made.tensors:
+        _check_live(name, live.tensors[live.aliases.get(name, name)])
+    if made.untie:
+        _untie(target, made.untie)
+        live = live_target(target)
+    execute(made, live.tensors, backend=backend)
+    return Applied(target, made, backend)
+
+
+def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> None:
+    """Subtract a patch that was applied with the same arguments; not exact yet (see ``Applied.remove``).
+
+    Args and errors as ``apply``; a patch that replaces values or has DoRA terms raises PlanError.
+    """
+    backend = options.pop("backend", "auto")
+    strict = options.pop("strict", True)
+    live = live_target(target)
+    made = bind(live, as_patches(patch, scale), Options(**options))
+    made.check_complete(strict=strict)
+    negated = made.negated()
+    for name in negated.tensors:
+        _check_live(name, live.tensors[name])
+    execute(negated, live.tensors, backend=backend)
+
+
+def plan(
+    target: Live,
+    patch: Patches,
+    scale: float = 1.0,
+    *,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+) -> Plan:
+    """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
+    made = bind(live_target(target), as_patches(patch, scale), Options(tied, expert_layout))
+    made.check_complete(strict=strict)
+    return made
+
+
+def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
+    """Bring what ``apply`` takes to a list of (Patch, strength); reads directories. Raises PatchError."""
+    items = [patch] if isinstance(patch, Patch | str | os.PathLike) else list(patch)
+    pairs = []
+    for item in items:
+        source, weight = item if isinstance(item, tuple) else (item, 1.0)
+        loaded = source if isinstance(source, Patch) else Patch.load(source)
+        pairs.append((loaded, float(weight) * float(scale)))
+    if not pairs:
+        raise PlanError("no patch was given")
+    return pairs
+
+
+def live_target(target: Live) -> Target:
+    """Look at a module or mapping: its tensors, each memory once, the other names of tied ones."""
+    if isinstance(target, nn.Module):
+        named = dict(target.named_parameters(remove_duplicate=False))
+        named.update(target.named_buffers(remove_duplicate=False))
+        transposed = _conv1d_names(target)
+    elif isinstance(target, Mapping):
+        named = {str(name): tensor for name, tensor in target.items() if isinstance(tensor, Tensor)}
+        transposed = _unknown
+    else:
+        raise PlanError(f"cannot patch a {type(target).__name__}; give an nn.Module or a mapping of names to tensors")
+    if any(".lora_A." in name for name in named):
+        raise PlanError("the model still carries PEFT adapter layers; unload them first: model = model.unload()")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in named.items():
+        first = seen.setdefault(_memory(tensor), name)
+        if first == name:
+            tensors[name] = tensor
+        else:
+            aliases[name] = first
+    return Target(tensors, aliases, transposed)
+
+
+def _unknown(name: str) -> bool | None:
+    return None
+
+
+def _memory(tensor: Tensor) -> Any:
+    if tensor.device.type == "meta" or tensor.numel() == 0 or not _has_storage(tensor):
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not hasattr(tensor, "to_local")
+
+
+def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
+    """transformers' Conv1D (GPT-2) stores [in, out]; nn.Linear [out, in]. Known by class name, nothing imported."""
+    kinds: dict[str, bool] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module).__name__ == "Conv1D":
+            kinds[f"{name}.weight"] = True
+        elif isinstance(module, nn.Linear):
+            kinds[f"{name}.weight"] = False
+    return kinds.get
+
+
+def _check_live(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise PlanError(
+            f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "
+            "or patch the checkpoint on disk with portllm.apply_checkpoint"
+        )
+    if hasattr(tensor, "to_local"):
+        raise PlanError(f"{name} is a DTensor; sharded models cannot be patched live yet, patch the checkpoint instead")
+    if 0 in tensor.stride() and tensor.numel() > 1:
+        raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")
+
+
+def _untie(target: Live, names: Mapping[str, str]) -> None:
+    """Give each tied name a tensor of its own; the stored name keeps its memory."""
+    if not isinstance(target, nn.Module):
+        if not isinstance(target, MutableMapping):
+            raise PlanError("tied='untie' needs a mapping that can be changed")
+        for alias, stored in names.items():
+            target[alias] = target[stored].detach().clone()
+        return
+    for alias, stored in names.items():
+        path, _, attribute = alias.rpartition(".")
+        owner, tensor = target.get_submodule(path), target.get_parameter(stored)
+        if owner is target.get_submodule(stored.rpartition(".")[0]):
+            # The module itself is shared, not only its weight: part the modules first.
+            owner = copy.copy(owner)
+            owner._parameters = dict(owner._parameters)
+            parent, _, child = path.rpartition(".")
+            setattr(target.get_submodule(parent), child, owner)
+        clone = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        owner.register_parameter(attribute, clone)
+    config = getattr(target, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def synchronize(target: Live) -> None:
+    """Wait for the devices of a live target (for timing)."""
+    if torch.cuda.is_available() and any(t.is_cuda for t in live_target(target).tensors.values()):
+        torch.cuda.synchronize()

@@ -1,0 +1,191 @@
+"""The op ``torch.ops.portllm.lowrank_add_``: schema, checks, fake kernel and the choice of backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from .errors import BackendError
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FACTOR_DTYPES = WEIGHT_DTYPES
+BACKENDS = ("torch", "cpu", "triton")
+
+_Launcher = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]], None]
+
+# The compiled library only adds an implementation to this schema, so the op exists with and without it.
+torch.library.define(
+    "portllm::lowrank_add_cpu_",
+    "(Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()",
+)
+
+
+@torch.library.custom_op("portllm::lowrank_add_", mutates_args={"weights"})
+def lowrank_add_(
+    weights: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scalings: list[float],
+    n_terms: list[int],
+    backend: str = "auto",
+) -> None:
+    """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
+
+    Args:
+        weights: 2-D tensors [m, n] that do not overlap; bf16, fp16, fp32 or fp64; any strides; any devices.
+        lora_A: [r, n] each; the terms of all weights one after the other; bf16, fp16, fp32 or fp64; any strides.
+        lora_B: [m, r] each, as ``lora_A``.
+        scalings: one factor for each term (alpha / r, or alpha / sqrt(r)).
+        n_terms: how many terms belong to each weight; ``sum(n_terms)`` is the length of the factor lists.
+        backend: "auto", or one of ``BACKENDS``.
+
+    Factors are used as stored; products and sums are fp32 (fp64 for fp64 weights), with one round to nearest
+    even into the weight's dtype. Deterministic on one backend.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
+        BackendError: the backend is not available, or does not take such a weight; nothing has been written then.
+    """
+    _check(weights, lora_A, lora_B, scalings, n_terms)
+    groups: dict[str, list[int]] = {}
+    for index, weight in enumerate(weights):
+        groups.setdefault(backend_for(weight, backend), []).append(index)
+    launchers = {name: _launcher(name) for name in groups}
+    if len(groups) == 1:
+        next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
+        return
+    starts = [0]
+    for count in n_terms:
+        starts.append(starts[-1] + count)
+    for name, indices in groups.items():
+        terms = [t for i in indices for t in range(starts[i], starts[i + 1])]
+        launchers[name](
+            [weights[i] for i in indices],
+            [lora_A[t] for t in terms],
+            [lora_B[t] for t in terms],
+            [scalings[t] for t in terms],
+            [n_terms[i] for i in indices],
+        )
+
+
+@lowrank_add_.register_fake
+def _(
+    weights: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scalings: list[float],
+    n_terms: list[int],
+    backend: str = "auto",
+) -> None:
+    _check(weights, lora_A, lora_B, scalings, n_terms)
+
+
+def _check(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_terms: Sequence[int],
+) -> None:
+    total = sum(n_terms)
+    lengths = len(lora_A), len(lora_B), len(scalings)
+    if len(n_terms) != len(weights) or lengths != (total, total, total):
+        raise ValueError(
+            f"lowrank_add_: {len(weights)} weights and {len(n_terms)} entries of n_terms with sum {total}, "
+            f"but {lengths[0]} lora_A, {lengths[1]} lora_B and {lengths[2]} scalings"
+        )
+    t = 0
+    for i, (weight, count) in enumerate(zip(weights, n_terms, strict=True)):
+        if weight.dim() != 2 or weight.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"lowrank_add_: weights[{i}] is {_describe(weight)}; it must be 2-D and floating point")
+        if count < 1:
+            raise ValueError(f"lowrank_add_: n_terms[{i}] is {count}; a weight needs at least one term")
+        for t in range(t, t + count):
+            a, b = lora_A[t], lora_B[t]
+            fits = a.dim() == 2 and b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0] > 0
+            if not fits or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+                raise ValueError(
+                    f"lowrank_add_: lora_B[{t}] {tuple(b.shape)} @ lora_A[{t}] {tuple(a.shape)} "
+                    f"does not give the shape {tuple(weight.shape)} of weights[{i}]"
+                )
+            if a.dtype not in FACTOR_DTYPES or b.dtype not in FACTOR_DTYPES:
+                raise ValueError(f"lowrank_add_: term {t} is {_describe(a)}, {_describe(b)}; factors are bf16 to fp64")
+            if a.device != weight.device or b.device != weight.device:
+                raise ValueError(
+                    f"lowrank_add_: term {t} lies on {a.device} and {b.device}, weights[{i}] on {weight.device}"
+                )
+        t += 1
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def backend_for(weight: Tensor, requested: str = "auto") -> str:
+    """The one place where the backend for a weight is chosen.
+
+    Order: ``requested``, else the environment's PORTLLM_BACKEND, else the fastest that is available for the
+    weight's device and dtype: CPU: "cpu" (the compiled library), then "torch"; CUDA: "triton", then "torch".
+
+    Raises:
+        BackendError: the named backend does not exist, is not available here, or does not take this weight.
+    """
+    name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
+    if name == "auto":
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(weight.device.type)
+        usable = fastest and _takes(fastest, weight) is None and unavailable(fastest) is None
+        return fastest if usable else "torch"
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
+    reason = unavailable(name) or _takes(name, weight)
+    if reason:
+        raise BackendError(f"backend {name!r} cannot update a {_describe(weight)} on {weight.device}: {reason}")
+    return name
+
+
+def _takes(name: str, weight: Tensor) -> str | None:
+    """Why the backend does not take this weight, or None."""
+    device = weight.device.type
+    if name == "cpu" and device != "cpu":
+        return "it runs on the CPU only"
+    if name == "triton":
+        if device != "cuda" and not (device == "cpu" and _interpreted()):
+            return "it runs on CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        if weight.dtype == torch.float64:
+            return "it has no fp64"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot be used in this process, in one line; None if it can."""
+    if name == "cpu":
+        return _native.load()
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "torch sees no CUDA device"
+    return None
+
+
+def _launcher(name: str) -> _Launcher:
+    if name == "cpu":
+        op: Any = torch.ops.portllm.lowrank_add_cpu_
+        return op
+    if name == "triton":
+        from . import kernels
+
+        return kernels.lowrank_add_
+    return reference.lowrank_add_

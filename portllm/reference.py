@@ -1,0 +1,72 @@
+"""The update in plain torch: the truth that every kernel is held against, and the way where no kernel fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Elements of the fp32 scratch block: large enough for the matrix library, small enough to stay in cache.
+_BLOCK_ELEMENTS = 1 << 21
+
+
+def accumulation_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that products and sums are held in: fp64 for fp64 weights, else fp32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def ieee_matmul() -> Iterator[None]:
+    """Hold fp32 matrix products to IEEE fp32, whatever the user allowed (tf32, bf16) for the model itself."""
+    previous = torch.get_float32_matmul_precision()
+    if previous == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Cut ``rows`` into slices whose fp32 scratch of [block, columns] stays small."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def lowrank_add_(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_terms: Sequence[int],
+) -> None:
+    """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
+
+    Args:
+        weights: 2-D tensors [m, n]; fp64, fp32, fp16 or bf16; any strides.
+        lora_A: [r, n] each, the terms of all weights one after the other.
+        lora_B: [m, r] each, as ``lora_A``.
+        scalings: one factor for each term.
+        n_terms: how many terms belong to each weight.
+
+    Products are summed in fp32 (fp64 for fp64 weights), scaled, summed over the terms and added to the weight
+    in that dtype; then one round to nearest even into the weight's dtype.
+    """
+    first = 0
+    with ieee_matmul():
+        for weight, count in zip(weights, n_terms, strict=True):
+            terms = range(first, first + count)
+            first += count
+            dtype = accumulation_dtype(weight)
+            wide_A = {t: lora_A[t].to(dtype) for t in terms}
+            for rows in row_blocks(*weight.shape):
+                block = weight[rows]
+                delta = torch.zeros(block.shape, dtype=dtype, device=weight.device)
+                for t in terms:
+                    delta.add_(lora_B[t][rows].to(dtype) @ wide_A[t], alpha=scalings[t])
+                block.copy_(delta.add_(block))
