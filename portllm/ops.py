@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,23 +21,23 @@ BACKENDS = ("torch", "cpu", "triton")
 
 _Launcher = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]], None]
 
+_ARGUMENTS = "Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms"
+torch.library.define("portllm::lowrank_add_", f"({_ARGUMENTS}, str backend='auto') -> ()")
 # The compiled library only adds an implementation to this schema, so the op exists with and without it.
-torch.library.define(
-    "portllm::lowrank_add_cpu_",
-    "(Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()",
-)
+torch.library.define("portllm::lowrank_add_cpu_", f"({_ARGUMENTS}) -> ()")
 
 
-@torch.library.custom_op("portllm::lowrank_add_", mutates_args={"weights"})
 def lowrank_add_(
-    weights: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scalings: list[float],
-    n_terms: list[int],
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_terms: Sequence[int],
     backend: str = "auto",
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
+
+    The same as ``torch.ops.portllm.lowrank_add_``.
 
     Args:
         weights: 2-D tensors [m, n] that do not overlap; bf16, fp16, fp32 or fp64; any strides; any devices.
@@ -53,6 +54,19 @@ def lowrank_add_(
         ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
         BackendError: the backend is not available, or does not take such a weight; nothing has been written then.
     """
+    torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
+
+
+# Not torch.library.custom_op: its first call imports the compiler stack, a second of start-up.
+@torch.library.impl("portllm::lowrank_add_", "CompositeExplicitAutograd")
+def _dispatch(
+    weights: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scalings: list[float],
+    n_terms: list[int],
+    backend: str = "auto",
+) -> None:
     _check(weights, lora_A, lora_B, scalings, n_terms)
     groups: dict[str, list[int]] = {}
     for index, weight in enumerate(weights):
@@ -61,9 +75,7 @@ def lowrank_add_(
     if len(groups) == 1:
         next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
         return
-    starts = [0]
-    for count in n_terms:
-        starts.append(starts[-1] + count)
+    starts = [0, *accumulate(n_terms)]
     for name, indices in groups.items():
         terms = [t for i in indices for t in range(starts[i], starts[i + 1])]
         launchers[name](
@@ -75,7 +87,15 @@ def lowrank_add_(
         )
 
 
-@lowrank_add_.register_fake
+@torch.library.impl("portllm::lowrank_add_", "ADInplaceOrView")
+def _bump_versions(weights: list[Tensor], *arguments: Any) -> None:
+    # As for built-in in-place ops: autograd must see that the weights are no longer what it saved.
+    torch.autograd.graph.increment_version(weights)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        torch.ops.portllm.lowrank_add_(weights, *arguments)
+
+
+@torch.library.register_fake("portllm::lowrank_add_")
 def _(
     weights: list[Tensor],
     lora_A: list[Tensor],

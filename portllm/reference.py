@@ -31,9 +31,14 @@ def ieee_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(previous)
 
 
+def rows_per_block(columns: int) -> int:
+    """How many rows of ``columns`` elements are updated at a time, so that the fp32 scratch stays small."""
+    return max(1, _BLOCK_ELEMENTS // max(1, columns))
+
+
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cut ``rows`` into slices whose fp32 scratch of [block, columns] stays small."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    """Cut ``rows`` into slices of ``rows_per_block``."""
+    step = rows_per_block(columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -1,0 +1,501 @@
+"""Checkpoints on disk: stream the shards through the plan, into a copy that is whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bind import ExpertLayout, Options, Tied, bind
+from .errors import CheckpointError, PlanError
+from .execute import execute
+from .hub import resolve
+from .live import Patches, as_patches
+from .planning import Assign, Plan, Region, Update
+from .progress import Progress
+from .reference import rows_per_block
+from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored, read_exactly
+
+# Rows of a tensor are read, patched and written in pieces of about this many bytes.
+CHUNK_BYTES = 32 << 20
+_COPY_BYTES = 64 << 20
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Weights in other formats, and what belongs to training: stale beside the patched weights, so left behind.
+_NOT_COPIED = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
+    ".gguf", ".onnx", ".onnx_data", ".tflite",
+)  # fmt: skip
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What ``apply_checkpoint`` did; sizes in bytes, time in seconds."""
+
+    out: str
+    shards: int
+    tensors_updated: int
+    tensors_copied: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Read plus written, in 10^9 bytes a second."""
+        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"gigabytes_per_second": self.gigabytes_per_second}
+
+
+def plan_checkpoint(
+    model: str | os.PathLike[str],
+    patch: Patches,
+    scale: float = 1.0,
+    *,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+    resize: bool = False,
+) -> tuple[Checkpoint, Plan]:
+    """Open a checkpoint and bind the patch to it, reading headers only. Args and errors as ``apply_checkpoint``."""
+    patches = as_patches(patch, scale)
+    checkpoint = Checkpoint.open(resolve(model, what="model", allow=MODEL_FILES))
+    made = bind(checkpoint.target(), patches, Options(tied, expert_layout, resize))
+    try:
+        made.check_complete(strict=strict)
+    except PlanError as error:
+        if "quantization_config" in checkpoint.config:
+            raise PlanError(f"{error} ({checkpoint.path} is quantised; patch the 16-bit model instead)") from None
+        raise
+    return checkpoint, made
+
+
+def apply_checkpoint(
+    model: str | os.PathLike[str],
+    patch: Patches,
+    out: str | os.PathLike[str],
+    scale: float = 1.0,
+    *,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+    resize: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> CheckpointReport:
+    """Write a patched copy of a safetensors checkpoint; the model is never in memory.
+
+    Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns: one tensor). Shards,
+    their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
+    tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
+
+    Args:
+        model: a directory, a single safetensors file, or a hub id.
+        out: a directory (a file, if ``model`` is a file) that does not exist yet.
+        resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
+        dtype: also cast every floating-point tensor; the sum is rounded once, into this dtype.
+        overwrite: replace ``out`` if it exists.
+        progress: show a bar on stderr.
+        Others: as ``portllm.apply``.
+
+    Raises:
+        PatchError, PlanError, BackendError: as ``portllm.apply``.
+        CheckpointError: the checkpoint is broken, ``out`` exists, or the disk is full or read-only.
+        After any error, and after an interrupt, ``out`` is as it was before.
+    """
+    started = time.perf_counter()
+    if dtype is not None and dtype not in _FLOATS:
+        raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
+    checkpoint, made = plan_checkpoint(
+        model, patch, scale, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
+    )
+    job = _Job(checkpoint, made, dtype, backend)
+    destination = Path(out)
+    _check_destination(checkpoint, destination, overwrite, sum(shard.size for shard in job.shards))
+    with _whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
+        with Progress(sum(s.size for s in checkpoint.shards), enabled=progress) as bar:
+            for shard in job.shards:
+                job.write_shard(shard, temporary if checkpoint.path.is_file() else temporary / shard.name, bar)
+        if not checkpoint.path.is_file():
+            job.write_side_files(temporary)
+    return CheckpointReport(
+        out=str(destination),
+        shards=len(job.shards),
+        tensors_updated=len(made.tensors),
+        tensors_copied=len(checkpoint.locations) - len(set(made.tensors) & set(checkpoint.locations)),
+        bytes_read=checkpoint.size,
+        bytes_written=sum(shard.size for shard in job.shards),
+        seconds=time.perf_counter() - started,
+        warnings=made.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class _Out:
+    """One tensor to write: as ``stored`` in the source, but with a kind, shape and name of its own."""
+
+    name: str
+    stored: Stored
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+    @property
+    def is_cast(self) -> bool:
+        return self.dtype != self.stored.dtype
+
+    @property
+    def size(self) -> int:
+        if not self.is_cast and self.shape == self.stored.shape:
+            return self.stored.stop - self.stored.start
+        assert self.dtype is not None  # only kinds that torch knows are cast or resized
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _OutShard:
+    name: str
+    source: Shard
+    header: bytes
+    tensors: tuple[_Out, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(t.size for t in self.tensors)
+
+
+class _Job:
+    """One run over one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
+        self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
+        self._updates: dict[str, list[Update]] = {}
+        self._assigns: dict[str, list[Assign]] = {}
+        for update in plan.updates:
+            self._updates.setdefault(update.name, []).append(update)
+        for assign in plan.assigns:
+            self._assigns.setdefault(assign.name, []).append(assign)
+        self.shards = tuple(self._lay_out(shard) for shard in checkpoint.shards)
+
+    def _lay_out(self, shard: Shard) -> _OutShard:
+        """The new shard's tensors and header; where nothing changes its form the old header's own bytes."""
+        untied: dict[str, list[str]] = {}
+        for alias, stored_name in self._plan.untie.items():
+            untied.setdefault(stored_name, []).append(alias)
+        tensors = [
+            self._lay_out_tensor(name, stored)
+            for stored in shard.tensors
+            for name in (stored.name, *untied.get(stored.name, ()))
+        ]
+        same = len(tensors) == len(shard.tensors) and all(not t.is_cast and t.shape == t.stored.shape for t in tensors)
+        header = _old_header(shard) if same else _new_header(shard, tensors)
+        return _OutShard(shard.path.name, shard, header, tuple(tensors))
+
+    def _lay_out_tensor(self, name: str, stored: Stored) -> _Out:
+        cast = self._dtype is not None and stored.dtype in _FLOATS
+        resized = next((a for a in self._assigns.get(name, ()) if a.resize), None)
+        shape = stored.shape if resized is None else tuple(resized.value.shape)
+        return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
+
+    def write_shard(self, shard: _OutShard, path: Path, bar: Progress) -> None:
+        with _naming(path), open(shard.source.path, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
+            out.write(shard.header)
+            for tensor in shard.tensors:
+                if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
+                    for piece in self._patched(tensor, source.fileno(), shard.source.path):
+                        _write_all(out.fileno(), piece)
+                        bar.update(piece.nbytes * (tensor.stored.stop - tensor.stored.start) // max(tensor.size, 1))
+                else:
+                    _copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar)
+            os.fsync(out.fileno())
+
+    def _patched(self, tensor: _Out, source: int, path: Path) -> Iterator[memoryview]:
+        """The bytes of a tensor that changes, a few rows at a time."""
+        stored, dtype = tensor.stored, tensor.stored.dtype
+        assert dtype is not None and tensor.dtype is not None  # bind refuses kinds that torch does not know
+        if 0 in tensor.shape:
+            return
+        # Sum in the wider of the two dtypes, so that a cast rounds once.
+        work = torch.promote_types(dtype, tensor.dtype)
+        rows, columns = self._matrix(tensor.name, tensor.shape)
+        old_rows = self._matrix(tensor.name, stored.shape)[0]
+        for start, stop in self._pieces(tensor.name, tensor.shape, dtype.itemsize):
+            piece = torch.empty((stop - start, columns), dtype=dtype)
+            held = max(0, min(stop, old_rows) - start)
+            with _naming(path):
+                read_exactly(source, _bytes(piece[:held]), stored.start + start * columns * dtype.itemsize)
+            piece = piece.to(work)
+            execute(self._plan_for(tensor, start, stop), {tensor.name: piece}, backend=self._backend)
+            yield _bytes(piece.to(tensor.dtype))
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The tensor as the rows and columns that its updates speak of; stacked experts lie one below the other."""
+        leading = 2 if any(u.region.expert is not None for u in self._updates.get(name, ())) else 1
+        return math.prod(shape[:leading]), math.prod(shape[leading:])
+
+    def _pieces(self, name: str, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+        """Cut a tensor's rows: at the borders of its updates, and between them where the reference cuts as well.
+
+        Every backend then sees the same blocks as it does live, so that both ways give the same bits.
+        """
+        rows, columns = self._matrix(name, shape)
+        updates = self._updates.get(name, [])
+        over_columns = any(t.magnitude_axis == 1 and t.magnitude is not None for u in updates for t in u.terms)
+        if over_columns or len({u.region.shape[1] for u in updates}) > 1:
+            yield 0, rows  # norms over columns need all rows; blocks of several widths have no common borders
+            return
+        cuts = {0, rows, *range(0, rows if not updates else 0, rows_per_block(columns))}
+        for update in updates:
+            first, last = _flat_rows(update, shape)
+            cuts.update(range(first, last, rows_per_block(update.region.shape[1])))
+            cuts.add(last)
+        start = previous = 0
+        limit = max(1, CHUNK_BYTES // max(1, columns * itemsize))
+        for cut in sorted(cuts):
+            if cut - start > limit and previous > start:
+                yield start, previous
+                start = previous
+            previous = cut
+        yield start, rows
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.locations[self._plan.untie.get(name, name)][1].shape
+
+    def _plan_for(self, tensor: _Out, start: int, stop: int) -> Plan:
+        """The part of the plan that falls on rows [start, stop) of a tensor seen as a matrix."""
+        rows, columns = self._matrix(tensor.name, tensor.shape)
+        per_entry = rows // tensor.shape[0] if tensor.shape else 1
+        assigns = [
+            part
+            for assign in self._assigns.get(tensor.name, ())
+            if (part := _assign_for(assign, start, stop, columns, per_entry)) is not None
+        ]
+        updates = []
+        for update in self._updates.get(tensor.name, ()):
+            first, last = _flat_rows(update, tensor.shape)
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                terms = tuple(t.cut(slice(low - first, high - first), slice(None)) for t in update.terms)
+                region = Region(None, (low - start, high - start), update.region.columns)
+                updates.append(replace(update, region=region, terms=terms))
+        return Plan(tuple(updates), tuple(assigns))
+
+    def write_side_files(self, out: Path) -> None:
+        """Index, configuration, tokenizer and all else that is not weights."""
+        directory = self._checkpoint.path
+        for path in sorted(directory.rglob("*")):
+            relative = path.relative_to(directory)
+            if any(p.startswith(".") for p in relative.parts) or not path.is_file() or path.name.endswith(_NOT_COPIED):
+                continue
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            with _naming(out / relative):
+                shutil.copyfile(path, out / relative)
+        if self._checkpoint.index is not None:
+            self._write_json(out / self._checkpoint.index.name, self._new_index())
+        config = self._new_config()
+        if config is not None:
+            self._write_json(out / "config.json", config)
+        for path in (p for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"):
+            _fsync(path)
+
+    def _write_json(self, path: Path, value: Any) -> None:
+        with _naming(path):
+            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    def _new_index(self) -> Any:
+        assert self._checkpoint.index is not None
+        index = json.loads(self._checkpoint.index.read_text(encoding="utf-8"))
+        for shard in self.shards:
+            index["weight_map"].update({tensor.name: shard.name for tensor in shard.tensors})
+        if "total_size" in (index.get("metadata") or {}):
+            old = sum(s.stop - s.start for _, s in self._checkpoint.locations.values())
+            new = sum(tensor.size for shard in self.shards for tensor in shard.tensors)
+            if old != new:
+                index["metadata"]["total_size"] = new
+        return index
+
+    def _new_config(self) -> dict[str, Any] | None:
+        """config.json with what changed, or None if it can stay as it is."""
+        config: dict[str, Any] = json.loads(json.dumps(dict(self._checkpoint.config)))
+        parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+        for part in parts:
+            if self._dtype is not None:
+                for key in {"dtype", "torch_dtype"} & set(part):
+                    part[key] = str(self._dtype).removeprefix("torch.")
+            if self._plan.untie and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
+            for assign in self._plan.assigns:
+                if assign.resize and part.get("vocab_size") == self._shape(assign.name)[0]:
+                    part["vocab_size"] = len(assign.value)
+        return config if config and config != self._checkpoint.config else None
+
+
+def _flat_rows(update: Update, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows of an update when stacked experts lie one below the other."""
+    offset = 0 if update.region.expert is None else update.region.expert * shape[1]
+    return offset + update.region.rows[0], offset + update.region.rows[1]
+
+
+def _assign_for(assign: Assign, start: int, stop: int, columns: int, per_entry: int) -> Assign | None:
+    """The part of an Assign on rows [start, stop) of the matrix; ``per_entry`` rows make one of the first dimension."""
+    value = assign.value.reshape(-1, columns)
+    if assign.by_index:
+        assert assign.rows is not None
+        inside = [i for i, row in enumerate(assign.rows) if start <= row < stop]
+        rows = tuple(assign.rows[i] - start for i in inside)
+        return replace(assign, value=value[inside], rows=rows) if inside else None
+    first = 0 if assign.rows is None else assign.rows[0] * per_entry
+    low, high = max(first, start), min(first + len(value), stop)
+    if low >= high:
+        return None
+    return replace(assign, value=value[low - first : high - first], rows=(low - start, high - start), resize=False)
+
+
+def _old_header(shard: Shard) -> bytes:
+    with open(shard.path, "rb") as file:
+        return file.read(shard.data_start)
+
+
+def _new_header(shard: Shard, tensors: list[_Out]) -> bytes:
+    header: dict[str, Any] = {} if shard.metadata is None else {"__metadata__": dict(shard.metadata)}
+    offset = 0
+    for tensor in tensors:
+        kind = tensor.stored.kind if not tensor.is_cast else DTYPE_NAMES[tensor.dtype]  # type: ignore[index]
+        header[tensor.name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes with spaces
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _copy_range(source: int, out: int, start: int, stop: int, bar: Progress) -> None:
+    """Copy bytes in the kernel where it can (it may share extents), else through a buffer."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while start < stop:
+        count = min(_COPY_BYTES, stop - start)
+        if in_kernel:
+            try:
+                count = os.copy_file_range(source, out, count, start)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+                in_kernel = False
+                continue
+            if count == 0:
+                raise OSError("the source file ends before the tensor does")
+        else:
+            data = memoryview(bytearray(min(count, CHUNK_BYTES)))
+            count = len(data)
+            read_exactly(source, data, start)
+            _write_all(out, data)
+        start += count
+        bar.update(count)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the file and, where it is plain, the fix."""
+    try:
+        yield
+    except OSError as error:
+        fix = {
+            errno.ENOSPC: "; free some space or write elsewhere",
+            errno.EDQUOT: "; the quota is used up, write elsewhere",
+            errno.EROFS: "; write elsewhere",
+            errno.EACCES: "; choose an output that may be written",
+        }.get(error.errno or 0, "")
+        raise CheckpointError(f"{path}: {error.strerror or error}{fix}") from None
+
+
+def _check_destination(checkpoint: Checkpoint, out: Path, overwrite: bool, size: int) -> None:
+    if out.resolve() == checkpoint.path.resolve() or checkpoint.path.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out}: is, or lies in, the model itself; write elsewhere")
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists already; choose another name, or overwrite=True (--overwrite)")
+    parent = out.resolve().parent
+    with _naming(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+    if free < size:
+        raise CheckpointError(f"{parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; write elsewhere")
+
+
+@contextlib.contextmanager
+def _whole_or_absent(out: Path, overwrite: bool, *, is_file: bool) -> Iterator[Path]:
+    """A temporary path beside ``out`` that takes its name at the end, or vanishes."""
+    parent = out.resolve().parent
+    temporary = parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        with _naming(temporary):
+            _delete(temporary)
+            if not is_file:
+                temporary.mkdir()
+        yield temporary
+        with _naming(out):
+            if not is_file:
+                for directory in {p.parent for p in temporary.rglob("*")} | {temporary}:
+                    _fsync(directory)
+            _rename(temporary, out, overwrite)
+            _fsync(parent)
+    except BaseException:
+        _delete(temporary)
+        raise
+
+
+def _rename(temporary: Path, out: Path, overwrite: bool) -> None:
+    if not (overwrite and out.exists()):
+        temporary.rename(out)
+        return
+    old = temporary.with_suffix(".old")
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,341 @@
+"""The command ``portllm``. Imports torch only where a command needs it, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import PortllmError
+
+if TYPE_CHECKING:
+    from .patch import Patch
+
+_EPILOG = """\
+examples:
+  portllm inspect ./adapter
+  portllm check ./adapter ./evolved-model
+  portllm apply ./adapter ./evolved-model -o ./patched
+  portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
+
+exit codes: 0 done; 2 bad input, nothing was written; 130 interrupted, nothing was written
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0, 2 for bad input, 130 for an interrupt)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.run(arguments)
+        return result
+    except KeyboardInterrupt:
+        print("portllm: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: no second complaint at exit
+        return 0
+    except (PortllmError, OSError) as error:
+        print(f"portllm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="portllm",
+        description="Port low-rank (LoRA) patches to evolved models, without training.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"portllm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = _command(commands, "apply", _apply, "write a patched copy of a safetensors checkpoint, shard by shard")
+    command.add_argument("patch", nargs="+", metavar="PATCH[@SCALE]", help="adapter directory or hub id")
+    _model_argument(command)
+    command.add_argument("-o", "--out", type=Path, help="the patched checkpoint; must not exist (see --overwrite)")
+    _binding_arguments(command)
+    command.add_argument("--resize-vocab", action="store_true", help="take over a vocabulary that the patch enlarged")
+    command.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast while writing")
+    command.add_argument("--backend", default="auto", help="auto, torch, cpu or triton")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    command = _command(commands, "check", _check, "will a patch fit a model, how large is it, is the model its base?")
+    command.add_argument("patch", metavar="PATCH")
+    _model_argument(command)
+    _binding_arguments(command)
+    command.add_argument("--all", action="store_true", help="a line for each weight, not for each kind")
+
+    command = _command(commands, "inspect", _inspect, "what is in a patch?")
+    command.add_argument("patch", metavar="PATCH")
+    _setting_argument(command)
+    command.add_argument("--all", action="store_true", help="a line for each module, not for each kind")
+
+    command = _command(commands, "stamp", _stamp, "write the fingerprint of its base into a patch")
+    command.add_argument("patch", metavar="PATCH")
+    command.add_argument("base", metavar="BASE", help="the checkpoint that the patch was made on")
+    _setting_argument(command)
+    command.add_argument("-o", "--out", type=Path, help="another directory to write to (default: PATCH itself)")
+
+    _command(commands, "info", _info, "versions, and which backends can be used here, or why not")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    return parser
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="safetensors checkpoint: directory, file or hub id")
+
+
+def _setting_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-setting", action="append", default=[], metavar="NAME", help="accept a setting that would be refused"
+    )
+
+
+def _binding_arguments(parser: argparse.ArgumentParser) -> None:
+    _setting_argument(parser)
+    parser.add_argument("--no-strict", action="store_true", help="apply what matches, leave out the rest")
+    parser.add_argument("--untie", action="store_true", help="give tied weights that are patched a tensor each")
+    parser.add_argument("--expert-layout", choices=("out_in", "in_out"), help="for square expert matrices only")
+
+
+def _load(text: str, arguments: argparse.Namespace) -> Patch:
+    from .patch import Patch
+
+    return Patch.load(text, ignore_settings=tuple(arguments.ignore_setting))
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    path, at, scale = text.rpartition("@")
+    if not at or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise PortllmError(f"{text}: {scale!r} after @ is not a number; write PATCH@0.7") from None
+
+
+def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "strict": not arguments.no_strict,
+        "tied": "untie" if arguments.untie else "once",
+        "expert_layout": arguments.expert_layout,
+    }
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    scaled = [_scaled(text) for text in arguments.patch]
+    patches = [(_load(path, arguments), scale) for path, scale in scaled]
+    from .checkpoint import apply_checkpoint, plan_checkpoint
+
+    options = _binding(arguments) | {"resize": arguments.resize_vocab}
+    if arguments.dry_run:
+        _, plan = plan_checkpoint(arguments.model, patches, **options)
+        if arguments.json:
+            _print_json(plan.describe())
+        else:
+            rows = [("tensor", "expert", "rows", "columns", "rank", "scaling")]
+            rows += [(a.name, "", "", "", "replaced", "") for a in plan.assigns]
+            rows += [
+                (
+                    u.name,
+                    "" if u.region.expert is None else str(u.region.expert),
+                    f"{u.region.rows[0]}:{u.region.rows[1]}",
+                    f"{u.region.columns[0]}:{u.region.columns[1]}",
+                    "+".join(str(t.rank) for t in u.terms),
+                    "+".join(f"{t.scaling:g}" for t in u.terms),
+                )
+                for u in plan.updates
+            ]
+            _print_table(rows)
+            _print_warnings(plan.warnings)
+            print(f"would change {len(plan.tensors)} tensors; nothing was written")
+        return 0
+    if arguments.out is None:
+        raise PortllmError("say where to write with -o OUT (or --dry-run)")
+    import torch
+
+    report = apply_checkpoint(
+        arguments.model,
+        patches,
+        arguments.out,
+        **options,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        backend=arguments.backend,
+        overwrite=arguments.overwrite,
+        progress=not (arguments.quiet or arguments.json),
+    )
+    if arguments.json:
+        _print_json(report.as_dict())
+        return 0
+    _print_warnings(report.warnings)
+    print(f"patched {report.tensors_updated} tensors, copied {report.tensors_copied}, in {report.shards} shards")
+    print(
+        f"read {report.bytes_read / 1e9:.2f} GB and wrote {report.bytes_written / 1e9:.2f} GB "
+        f"in {report.seconds:.1f} s ({report.gigabytes_per_second:.2f} GB/s)"
+    )
+    print(report.out)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    patch = _load(arguments.patch, arguments)
+    from .checkpoint import plan_checkpoint
+    from .fingerprint import cached, check_weights
+
+    checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments))
+    result = check_weights(patch, plan, cached(checkpoint.read))
+    if arguments.json:
+        weights = [vars(w) | {"relative": w.relative} for w in result.weights]
+        _print_json({"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()})
+        return 0
+    rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "moved from base")]
+    for kind, group in _groups(result.weights, lambda w: w.source, arguments.all).items():
+        sizes = sorted(w.relative for w in group)
+        moved = sorted(w.moved for w in group if w.moved is not None)
+        rows.append(
+            (
+                kind,
+                str(len(group)),
+                ",".join(str(r) for r in sorted({r for w in group for r in w.ranks})),
+                f"{sizes[len(sizes) // 2]:.2%}",
+                f"{sizes[-1]:.2%}",
+                f"{moved[len(moved) // 2]:.2%}" if moved else "?",
+            )
+        )
+    _print_table(rows)
+    for assign in plan.assigns:
+        print(f"replaces {assign.name} {list(assign.value.shape)}")
+    _print_warnings(plan.warnings)
+    base = f" ({result.base})" if result.base else ""
+    print(
+        {
+            "base": f"fits; the model is the base that the patch was made on{base}, bit for bit",
+            "evolved": f"fits; the model has evolved from the patch's base{base}",
+            "unrelated": f"fits by name and shape, but the weights have nothing in common with the patch's base{base}: "
+            "do not expect its skill to carry over",
+            "unknown": f"fits; the patch has no fingerprint of its base{base}, `portllm stamp PATCH BASE` adds one",
+        }[result.verdict]
+    )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    patch = _load(arguments.patch, arguments)
+    from .fingerprint import Fingerprint
+    from .patch import ExpertEntry, LoraEntry
+
+    config, fingerprint = patch.config, Fingerprint.from_patch(patch)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in patch.tensors.values()})
+    if arguments.json:
+        entries = []
+        for e in patch.entries:
+            entry: dict[str, Any] = {"kind": type(e).__name__, "name": getattr(e, "module", None) or getattr(e, "name", "")}
+            if isinstance(e, LoraEntry):
+                entry |= {"rank": e.lora_A.shape[0], "scaling": e.scaling, "dora": e.magnitude is not None}
+                entry["shape"] = [e.lora_B.shape[0], *e.lora_A.shape[1:]]
+            entries.append(entry)
+        _print_json(
+            {
+                "base": config.base_model,
+                "fingerprint": fingerprint is not None,
+                "parameters": patch.num_parameters,
+                "bytes": sum(t.nbytes for t in patch.tensors.values()),
+                "dtypes": dtypes,
+                "ranks": list(patch.ranks),
+                "peft_version": config.peft_version,
+                "entries": entries,
+            }
+        )
+        return 0
+    print(f"base      {config.base_model or 'unknown'}{'' if fingerprint is None else ' (fingerprint kept)'}")
+    print(f"numbers   {patch.num_parameters:,} in {', '.join(dtypes)}")
+    rows = [("modules", "count", "rank", "scaling", "kind")]
+    for kind, group in _groups(patch.entries, lambda e: getattr(e, "module", None) or e.name, arguments.all).items():
+        loras = [e for e in group if isinstance(e, LoraEntry)]
+        what = {type(e).__name__.removesuffix("Entry").lower() for e in group}
+        what |= {"dora" for e in loras if e.magnitude is not None}
+        ranks = {e.lora_A.shape[0] for e in loras}
+        scalings = {e.scaling for e in loras}
+        for e in group:
+            if isinstance(e, ExpertEntry):
+                ranks |= {config.rank(p) for p in e.parameters}
+                scalings |= {config.scaling(p) for p in e.parameters}
+        rows.append(
+            (
+                kind,
+                str(len(group)),
+                ",".join(map(str, sorted(ranks))),
+                ",".join(f"{s:g}" for s in sorted(scalings)),
+                "+".join(sorted(what)),
+            )
+        )
+    _print_table(rows)
+    return 0
+
+
+def _stamp(arguments: argparse.Namespace) -> int:
+    patch = _load(arguments.patch, arguments)
+    from .fingerprint import stamp
+
+    out = arguments.out or Path(arguments.patch)
+    stamp(patch, arguments.base).save(out)
+    if arguments.json:
+        _print_json({"out": str(out), "base": arguments.base})
+    else:
+        print(f"{out}: fingerprint of {arguments.base} kept")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import gather
+
+    facts = gather()
+    if arguments.json:
+        _print_json(facts)
+        return 0
+    for name, value in facts["versions"].items():
+        print(f"{name:14}{value or 'not installed'}")
+    print()
+    for name, reason in facts["backends"].items():
+        print(f"{'backend ' + name:16}{'ready' if reason is None else 'no: ' + reason}")
+    for device, backend in facts["chosen"].items():
+        print(f"{device:16}uses {backend}")
+    return 0
+
+
+def _groups(items: Iterable[Any], name: Any, each: bool) -> dict[str, list[Any]]:
+    """Items by name with layer and expert numbers folded into ``*``, unless each is asked for."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        parts = name(item).split(".")
+        key = ".".join(part if each or not part.isdigit() else "*" for part in parts)
+        groups.setdefault(key, []).append(item)
+    return groups
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

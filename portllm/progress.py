@@ -1,0 +1,23 @@
+"""A progress bar in bytes and GB/s, on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """tqdm over ``total`` bytes; silent unless ``enabled``."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not enabled, dynamic_ncols=True)
+
+    def update(self, count: int) -> None:
+        self._bar.update(count)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
