@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, permutations
@@ -174,8 +173,7 @@ class _Binder:
         config = self._patch.config
         if not self._covered or config.selects_by_kind:
             return []
-        anchor = os.path.commonprefix([name.split(".")[:-1] for name in sorted(self._covered)])
-        base = "".join(f"{part}." for part in anchor)
+        base = _common_parent(self._covered)
         missing: list[str] = []
         for name, tensor in self._tensors.items():
             spelled = canonical(name)
@@ -365,7 +363,9 @@ class _Binder:
         if placement.expert is None and rows is not None:
             swapped = False  # fused linear weights are [out, in]
         if not direct and not swapped:
-            raise PlanError(f"{source}: lora_B @ lora_A is [{o}, {i}], but {stored} is {list(shape)}{_hint(o, i, shape)}")
+            raise PlanError(
+                f"{source}: lora_B @ lora_A is [{o}, {i}], but {stored} is {list(shape)}{_hint(o, i, shape)}"
+            )
         axis = 1 if kind == "embedding" else 0
         self._candidates.append(
             _Candidate(
@@ -407,13 +407,23 @@ class _Binder:
             if len(seen) == 1:
                 return seen.pop()
             raise PlanError(
-                f"{candidate.source}: the experts' matrices are square, so [out, in] and [in, out] cannot be told apart; "
+                f"{candidate.source}: the experts' matrices are square, so [out, in] and [in, out] look the same; "
                 "say expert_layout='out_in' or 'in_out' (--expert-layout)"
             )
         known = self._target.transposed(candidate.placement.name)
         if known is not None:
             return known
         return True if seen == {True} else self._patch.config.fan_in_fan_out
+
+
+def _common_parent(names: Iterable[str]) -> str:
+    """The longest dotted prefix that all names share, with its dot; their last parts do not count."""
+    shared: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names)):  # noqa: B905  (to the length of the shortest)
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{parts[0]}.")
+    return "".join(shared)
 
 
 def _hint(out: int, inner: int, shape: tuple[int, ...]) -> str:
@@ -506,7 +516,9 @@ def _cut_to(piece: _Piece, cell: Region) -> Term:
         return piece.term
     cut_axes = [region.rows != cell.rows, region.columns != cell.columns]
     if piece.term.magnitude is not None and cut_axes[1 - piece.term.magnitude_axis]:
-        raise PlanError(f"{piece.source}: DoRA needs whole vectors of {piece.name}, but another patch cuts through them")
+        raise PlanError(
+            f"{piece.source}: DoRA needs whole vectors of {piece.name}, but another patch cuts through them"
+        )
     rows = slice(cell.rows[0] - region.rows[0], cell.rows[1] - region.rows[0])
     columns = slice(cell.columns[0] - region.columns[0], cell.columns[1] - region.columns[0])
     return piece.term.cut(rows, columns)

@@ -11,6 +11,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,7 @@ def apply_checkpoint(
     _check_destination(checkpoint, destination, overwrite, sum(shard.size for shard in job.shards))
     with _whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
         with Progress(sum(s.size for s in checkpoint.shards), enabled=progress) as bar:
-            for shard in job.shards:
-                job.write_shard(shard, temporary if checkpoint.path.is_file() else temporary / shard.name, bar)
+            job.write_shards(temporary, bar)
         if not checkpoint.path.is_file():
             job.write_side_files(temporary)
     return CheckpointReport(
@@ -185,6 +185,7 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
         self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._updates: dict[str, list[Update]] = {}
         self._assigns: dict[str, list[Assign]] = {}
         for update in plan.updates:
@@ -213,9 +214,20 @@ class _Job:
         shape = stored.shape if resized is None else tuple(resized.value.shape)
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
 
-    def write_shard(self, shard: _OutShard, path: Path, bar: Progress) -> None:
+    def write_shards(self, out: Path, bar: Progress) -> None:
+        """Write all shards; each is synced to disk while the next one is being written."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            synced = []
+            for shard in self.shards:
+                path = out if self._checkpoint.path.is_file() else out / shard.name
+                self._write_shard(shard, path, bar)
+                synced.append(pool.submit(_fsync, path))
+            for future in synced:
+                future.result()
+
+    def _write_shard(self, shard: _OutShard, path: Path, bar: Progress) -> None:
         with _naming(path), open(shard.source.path, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
-            out.write(shard.header)
+            _write_all(out.fileno(), memoryview(shard.header))
             for tensor in shard.tensors:
                 if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
                     for piece in self._patched(tensor, source.fileno(), shard.source.path):
@@ -223,26 +235,33 @@ class _Job:
                         bar.update(piece.nbytes * (tensor.stored.stop - tensor.stored.start) // max(tensor.size, 1))
                 else:
                     _copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar)
-            os.fsync(out.fileno())
 
     def _patched(self, tensor: _Out, source: int, path: Path) -> Iterator[memoryview]:
         """The bytes of a tensor that changes, a few rows at a time."""
         stored, dtype = tensor.stored, tensor.stored.dtype
-        assert dtype is not None and tensor.dtype is not None  # bind refuses kinds that torch does not know
+        assert dtype is not None  # bind refuses kinds that torch does not know
+        assert tensor.dtype is not None
         if 0 in tensor.shape:
             return
         # Sum in the wider of the two dtypes, so that a cast rounds once.
         work = torch.promote_types(dtype, tensor.dtype)
-        rows, columns = self._matrix(tensor.name, tensor.shape)
+        columns = self._matrix(tensor.name, tensor.shape)[1]
         old_rows = self._matrix(tensor.name, stored.shape)[0]
         for start, stop in self._pieces(tensor.name, tensor.shape, dtype.itemsize):
-            piece = torch.empty((stop - start, columns), dtype=dtype)
+            piece = self._scratch(stop - start, columns, dtype)
             held = max(0, min(stop, old_rows) - start)
             with _naming(path):
                 read_exactly(source, _bytes(piece[:held]), stored.start + start * columns * dtype.itemsize)
             piece = piece.to(work)
             execute(self._plan_for(tensor, start, stop), {tensor.name: piece}, backend=self._backend)
             yield _bytes(piece.to(tensor.dtype))
+
+    def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a piece, the same for each: fresh pages cost more than the read that fills them."""
+        size = rows * columns * dtype.itemsize
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(rows, columns)
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """The tensor as the rows and columns that its updates speak of; stacked experts lie one below the other."""
@@ -489,13 +508,15 @@ def _delete(path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
+    return memoryview(data)

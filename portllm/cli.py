@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("portllm: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: no second complaint at exit
+        # The reader of our output has gone; without this Python complains again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (PortllmError, OSError) as error:
         print(f"portllm: {' '.join(str(error).split())}", file=sys.stderr)
@@ -241,7 +243,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         entries = []
         for e in patch.entries:
-            entry: dict[str, Any] = {"kind": type(e).__name__, "name": getattr(e, "module", None) or getattr(e, "name", "")}
+            entry: dict[str, Any] = {
+                "kind": type(e).__name__,
+                "name": getattr(e, "module", None) or getattr(e, "name", ""),
+            }
             if isinstance(e, LoraEntry):
                 entry |= {"rank": e.lora_A.shape[0], "scaling": e.scaling, "dora": e.magnitude is not None}
                 entry["shape"] = [e.lora_B.shape[0], *e.lora_A.shape[1:]]
@@ -325,7 +330,7 @@ def _groups(items: Iterable[Any], name: Any, each: bool) -> dict[str, list[Any]]
     return groups
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

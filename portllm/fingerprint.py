@@ -13,7 +13,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,9 @@ class Fingerprint:
             }
             return cls(raw["name"], weights)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PatchError(f"{patch.name}: the fingerprint of the base ({METADATA_KEY}) is garbled: {error}") from None
+            raise PatchError(
+                f"{patch.name}: the fingerprint of the base ({METADATA_KEY}) is garbled: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,8 @@ def _print(updates: list[Update], read: Read) -> WeightPrint:
     digest, samples, seen, dtype = hashlib.sha256(), [], 0, ""
     for block in _blocks(updates, read):
         dtype = str(block.dtype).removeprefix("torch.")
-        digest.update(block.view(torch.uint8).numpy())
+        data: Any = block.view(torch.uint8).numpy()
+        digest.update(data)
         inside = [p - seen for p in positions if seen <= p < seen + len(block)]
         samples += block[inside].float().tolist()
         seen += len(block)
@@ -212,8 +216,6 @@ def _print(updates: list[Update], read: Read) -> WeightPrint:
 
 
 def _compare(result: WeightCheck, old: WeightPrint, new: WeightPrint) -> WeightCheck:
-    from dataclasses import replace
-
     if old.numel != new.numel or len(old.samples) != len(new.samples):
         return replace(result, same_as_base=False)
     a, b = torch.tensor(old.samples).double(), torch.tensor(new.samples).double()

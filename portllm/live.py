@@ -136,7 +136,7 @@ def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
 def live_target(target: Live) -> Target:
     """Look at a module or mapping: its tensors, each memory once, the other names of tied ones."""
     if isinstance(target, nn.Module):
-        named = dict(target.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(target.named_parameters(remove_duplicate=False))
         named.update(target.named_buffers(remove_duplicate=False))
         transposed = _conv1d_names(target)
     elif isinstance(target, Mapping):
@@ -216,7 +216,7 @@ def _untie(target: Live, names: Mapping[str, str]) -> None:
         owner.register_parameter(attribute, clone)
     config = getattr(target, "config", None)
     for part in (config, getattr(config, "text_config", None)):
-        if getattr(part, "tie_word_embeddings", False):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
 
 

@@ -143,7 +143,9 @@ class Names:
             if placements and placements not in found.values():
                 found[spelling] = placements
         if len(found) > 1:
-            raise PlanError(f"{name} could be {' or '.join(p[0].name for p in found.values())}; rename the patch's keys")
+            raise PlanError(
+                f"{name} could be {' or '.join(p[0].name for p in found.values())}; rename the patch's keys"
+            )
         return next(iter(found.items()), (name, []))
 
     def place_expert(self, parameter: str, expert: int, rows: int) -> tuple[str, list[Placement]]:
@@ -214,9 +216,7 @@ class Names:
         return []
 
 
-def _rows_of_part(
-    parts: tuple[str, ...], leaf: str, rows: int, total: int, name: str, target: str
-) -> tuple[int, int]:
+def _rows_of_part(parts: tuple[str, ...], leaf: str, rows: int, total: int, name: str, target: str) -> tuple[int, int]:
     """Rows of one part of a fused weight; query rows are what key and value (of equal size) leave."""
     if rows == 0:
         return 0, 0  # the caller only asks whether the weight is there

@@ -159,9 +159,8 @@ def backend_for(weight: Tensor, requested: str = "auto") -> str:
     """
     name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
     if name == "auto":
-        fastest = {"cpu": "cpu", "cuda": "triton"}.get(weight.device.type)
-        usable = fastest and _takes(fastest, weight) is None and unavailable(fastest) is None
-        return fastest if usable else "torch"
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(weight.device.type, "torch")
+        return fastest if _takes(fastest, weight) is None and unavailable(fastest) is None else "torch"
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
     reason = unavailable(name) or _takes(name, weight)

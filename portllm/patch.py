@@ -185,7 +185,9 @@ class Patch:
         return tuple(sorted(ranks))
 
     def __repr__(self) -> str:
-        return f"Patch({self.name!r}, {len(self.entries)} entries, r={list(self.ranks)}, {self.num_parameters:,} numbers)"
+        return (
+            f"Patch({self.name!r}, {len(self.entries)} entries, r={list(self.ranks)}, {self.num_parameters:,} numbers)"
+        )
 
 
 def _adapter_directory(path: Path) -> Path:

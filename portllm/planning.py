@@ -179,7 +179,9 @@ class Plan:
         """
         if not self.is_linear:
             names = [a.name for a in self.assigns] + [u.name for u in self.updates if u.is_dora]
-            raise PlanError(f"{_some(tuple(names))} cannot be subtracted (replaced values, or DoRA); keep a copy of them")
+            raise PlanError(
+                f"{_some(tuple(names))} cannot be subtracted (replaced values, or DoRA); keep a copy of them"
+            )
         updates = tuple(replace(u, terms=tuple(replace(t, scaling=-t.scaling) for t in u.terms)) for u in self.updates)
         return replace(self, updates=updates, untie={})
 

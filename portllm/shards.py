@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 # Architectures whose output layer may be tied to the embedding and then is not stored.
-_HAS_VOCABULARY_HEAD = re.compile(r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq|EncoderModel|^T5")
+_HAS_VOCABULARY_HEAD = re.compile(
+    r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq|EncoderModel|^T5"
+)
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt"}
 _CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
@@ -153,7 +156,9 @@ class Checkpoint:
     def _aliases(self) -> dict[str, str]:
         architectures = self.config.get("architectures") or []
         text = self.config.get("text_config")
-        tie = self.config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+        tie = self.config.get(
+            "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        )
         has_head = any(_HAS_VOCABULARY_HEAD.search(str(a)) for a in architectures)
         aliases = tied_names(self.locations)
         if tie is False or not has_head:
@@ -173,10 +178,10 @@ def read_tensor(shard: Shard, stored: Stored) -> Tensor:
     if stored.dtype is None:
         raise CheckpointError(f"{shard.path}: tensor {stored.name} is of kind {stored.kind}, which torch does not have")
     data = torch.empty(stored.stop - stored.start, dtype=torch.uint8)
+    buffer: Any = data.numpy()
     try:
         with open(shard.path, "rb", buffering=0) as file:
-            file.seek(stored.start)
-            read_exactly(file.fileno(), memoryview(data.numpy()), stored.start)
+            read_exactly(file.fileno(), memoryview(buffer), stored.start)
     except OSError as error:
         raise CheckpointError(f"{shard.path}: cannot be read: {error}") from None
     return data.view(stored.dtype).view(stored.shape)
@@ -184,8 +189,6 @@ def read_tensor(shard: Shard, stored: Stored) -> Tensor:
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> None:
     """Fill ``buffer`` from a file at ``offset``; raises OSError if the file ends before."""
-    import os
-
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
         if count == 0:

@@ -1,0 +1,210 @@
+"""Patch a checkpoint on disk: portllm against PEFT's load, merge and save, and against a plain copy.
+
+    python benchmarks/bench_checkpoint.py --size-gb 4 --shards 8 --json benchmarks/results/checkpoint.json
+
+Each way runs in a fresh process, in turn, ``--repeats`` times after one warm-up, on files in the page cache; its time
+ends when its output is synced to disk. Extra memory is the process's high-water mark less what it held when the work
+began (libraries imported, nothing loaded). The copy (the same bytes read and written, synced) is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS = ("copy", "portllm", "peft")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=4.0)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--dir", type=Path, default=None, help="where to make the checkpoint (default: a temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--paths", nargs=3, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(_work(arguments.worker, *arguments.paths)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="portllm-bench-") as folder:
+        results = run(Path(folder), arguments)
+    _print(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the checkpoint and the adapter, then measure each way in turn."""
+    import machine
+
+    model, adapter = folder / "model", folder / "adapter"
+    size = make_checkpoint(model, arguments.size_gb, arguments.shards)
+    make_adapter(adapter, model, arguments.rank)
+    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for repeat in range(arguments.repeats + 1):
+        for way in WAYS:
+            out = folder / "out"
+            command = [sys.executable, __file__, "--worker", way, "--paths", str(model), str(adapter), str(out)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            if repeat:  # the first round warms the page cache
+                samples[way].append(json.loads(done.stdout.splitlines()[-1]))
+            shutil.rmtree(out)
+    return {
+        "benchmark": "checkpoint",
+        "machine": machine.describe(),
+        "bytes": size,
+        "shards": arguments.shards,
+        "rank": arguments.rank,
+        "ways": {
+            way: {
+                "seconds": statistics.median(s["seconds"] for s in runs),
+                "seconds_min": min(s["seconds"] for s in runs),
+                "seconds_max": max(s["seconds"] for s in runs),
+                "unsynced_seconds": statistics.median(s["unsynced_seconds"] for s in runs),
+                "extra_mib": max(s["extra_mib"] for s in runs),
+            }
+            for way, runs in samples.items()
+        },
+    }
+
+
+def make_checkpoint(path: Path, size_gb: float, shards: int) -> int:
+    """A Llama-type bf16 checkpoint of about the size, made a shard at a time; returns its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, vocabulary, heads, kv_heads = 2048, 8192, 32000, 32, 8
+    kv = hidden // heads * kv_heads
+    per_layer = 2 * (hidden * (2 * hidden + 2 * kv + 3 * inner) + 2 * hidden)
+    layers = max(shards, round((size_gb * 1e9 - 4 * vocabulary * hidden) / per_layer))
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        shapes |= {f"{p}self_attn.{x}_proj.weight": (n, hidden) for x, n in (("q", hidden), ("k", kv), ("v", kv))}
+        shapes |= {f"{p}self_attn.o_proj.weight": (hidden, hidden)}
+        shapes |= {f"{p}mlp.{x}_proj.weight": (inner, hidden) for x in ("gate", "up")}
+        shapes |= {f"{p}mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {f"{p}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    path.mkdir()
+    total = sum(2 * torch.Size(s).numel() for s in shapes.values())
+    noise = (torch.randn(1 << 26) * 0.02).to(torch.bfloat16)
+    weight_map, part, filled, number = {}, {}, 0, 1
+    for name, shape in shapes.items():
+        count = torch.Size(shape).numel()
+        offset = hash(name) % (len(noise) - count) if count < len(noise) else 0
+        part[name] = noise[offset : offset + count].view(shape).clone() if count < len(noise) else noise.view(shape)
+        weight_map[name] = file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        filled += 2 * count
+        if filled >= total * number / shards or name == "lm_head.weight":
+            save_file(part, path / file, metadata={"format": "pt"})
+            part, number = {}, number + 1
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocabulary,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "dtype": "bfloat16",
+        "num_key_value_heads": kv_heads, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def make_adapter(path: Path, model: Path, rank: int) -> None:
+    """An fp32 LoRA on all linear layers, as PEFT saves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from portllm.shards import Checkpoint
+
+    tensors = {}
+    for name, (_, stored) in Checkpoint.open(model).locations.items():
+        if "_proj" in name:
+            key = "base_model.model." + name.removesuffix("weight")
+            tensors[f"{key}lora_A.weight"] = torch.randn(rank, stored.shape[1]) / stored.shape[1] ** 0.5
+            tensors[f"{key}lora_B.weight"] = torch.randn(stored.shape[0], rank) * 0.01
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    leaves = sorted({key.split(".")[-3] for key in tensors})
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": leaves,
+        "task_type": "CAUSAL_LM",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _work(way: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
+    work = {"copy": _copy, "portllm": _portllm, "peft": _peft}[way](model, adapter, out)
+    held = _resident("VmRSS")
+    started = time.perf_counter()
+    work()
+    unsynced = time.perf_counter() - started
+    for file in out.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "unsynced_seconds": unsynced, "extra_mib": (_resident("VmHWM") - held) / 1024}
+
+
+def _resident(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(key))
+
+
+def _copy(model: Path, adapter: Path, out: Path) -> Any:
+    return lambda: shutil.copytree(model, out)
+
+
+def _portllm(model: Path, adapter: Path, out: Path) -> Any:
+    import torch  # noqa: F401  (imported before the clock starts, as in every way)
+
+    import portllm
+
+    portllm.apply_checkpoint, portllm.Patch  # noqa: B018  (loads the modules)
+    return lambda: portllm.apply_checkpoint(model, adapter, out)
+
+
+def _peft(model: Path, adapter: Path, out: Path) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def work() -> None:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        merged.save_pretrained(out, max_shard_size="500MB")
+
+    return work
+
+
+def _print(results: dict[str, Any]) -> None:
+    ways, size = results["ways"], results["bytes"]
+    print(f"{size / 1e9:.2f} GB in {results['shards']} shards, rank {results['rank']}, {results['machine']['cpu']}")
+    print(f"{'way':10}{'seconds':>9}{'(min-max)':>16}{'GB/s r+w':>10}{'extra MiB':>11}{'x peft':>8}{'% limit':>9}")
+    for way, r in ways.items():
+        spread = f"{r['seconds_min']:.1f}-{r['seconds_max']:.1f}"
+        speed = 2 * size / r["seconds"] / 1e9
+        faster = ways["peft"]["seconds"] / r["seconds"]
+        limit = 100 * ways["copy"]["seconds"] / r["seconds"]
+        print(f"{way:10}{r['seconds']:9.2f}{spread:>16}{speed:10.2f}{r['extra_mib']:11.0f}{faster:8.2f}{limit:9.0f}")
+
+
+if __name__ == "__main__":
+    main()
