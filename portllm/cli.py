@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,9 +31,15 @@ exit codes: 0 done; 2 bad input, nothing was written; 130 interrupted, nothing w
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 2 for bad input, 130 for an interrupt)."""
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     try:
-        result: int = arguments.run(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+            result: int = arguments.run(arguments)
+        finally:
+            print(end="", flush=True)  # now, not at exit, so that a reader who has gone is noticed here
         return result
     except KeyboardInterrupt:
         print("portllm: interrupted; nothing was written", file=sys.stderr)
@@ -119,13 +127,16 @@ def _load(text: str, arguments: argparse.Namespace) -> Patch:
 
 
 def _scaled(text: str) -> tuple[str, float]:
-    path, at, scale = text.rpartition("@")
-    if not at or Path(text).exists():
+    path, _, scale = text.rpartition("@")
+    if not path or os.path.exists(text):
         return text, 1.0
     try:
-        return path, float(scale)
+        number = float(scale)
     except ValueError:
-        raise PortllmError(f"{text}: {scale!r} after @ is not a number; write PATCH@0.7") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise PortllmError(f"{text}: {scale!r} after @ is not a finite number; write PATCH@0.7")
+    return path, number
 
 
 def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -293,8 +304,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _stamp(arguments: argparse.Namespace) -> int:
     patch = _load(arguments.patch, arguments)
     from .fingerprint import stamp
+    from .patch import _adapter_directory
 
-    out = arguments.out or Path(arguments.patch)
+    if arguments.out is None and not os.path.exists(arguments.patch):
+        raise PortllmError(f"{arguments.patch}: comes from the hub; say where to write with -o OUT")
+    out = arguments.out or _adapter_directory(Path(arguments.patch))
     stamp(patch, arguments.base).save(out)
     if arguments.json:
         _print_json({"out": str(out), "base": arguments.base})
@@ -343,4 +357,13 @@ def _print_warnings(warnings: Iterable[str]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -53,11 +53,6 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             dora_(view, terms)
 
 
-def devices_touched(plan: Plan, tensors: Mapping[str, Tensor]) -> set[torch.device]:
-    """The devices that the plan writes to."""
-    return {tensors[name].device for name in plan.tensors}
-
-
 def _assign(assign: Assign, tensor: Tensor, value: Tensor) -> None:
     if assign.by_index:
         index = torch.tensor(assign.rows, device=tensor.device)
@@ -145,7 +140,8 @@ class _Mover:
 @contextmanager
 def hold_interrupts() -> Iterator[None]:
     """Hold SIGINT back until the block is done, then deliver it (main thread only; elsewhere it cannot strike)."""
-    if threading.current_thread() is not threading.main_thread():
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or signal.getsignal(signal.SIGINT) is None:  # None: a handler that Python did not install
         yield
         return
     caught: list[tuple[int, FrameType | None]] = []

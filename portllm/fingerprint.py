@@ -67,14 +67,16 @@ class Fingerprint:
             return None
         try:
             raw = json.loads(text)
+            if raw["version"] != 1:
+                raise ValueError(f"version {raw['version']!r} is unknown here")
             weights = {
                 str(key): WeightPrint(str(dtype), int(numel), str(digest), _unpack(base64.b64decode(samples)))
                 for key, (dtype, numel, digest, samples) in raw["weights"].items()
             }
             return cls(raw["name"], weights)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PatchError(
-                f"{patch.name}: the fingerprint of the base ({METADATA_KEY}) is garbled: {error}"
+                f"{patch.name}: the fingerprint of the base ({METADATA_KEY}) is garbled: {error!r}; stamp it again"
             ) from None
 
 

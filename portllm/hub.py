@@ -23,7 +23,7 @@ def resolve(path: str | os.PathLike[str], *, what: str, allow: tuple[str, ...]) 
         PortllmError: neither a path nor a hub id that can be had.
     """
     local = Path(path)
-    if local.exists():
+    if os.path.exists(local):  # False, where Path.exists raises, for a name that no file can have
         return local
     text = os.fspath(path)
     if not _HUB_ID.match(text) or text.startswith("."):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .bind import ExpertLayout, Options, Target, Tied, bind
@@ -22,27 +21,33 @@ Patches = Source | Sequence[Source | tuple[Source, float]]
 Live = nn.Module | Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Applied:
     """A patch, or several, on a live target.
 
     Attributes:
         target: the module or state dict that was patched.
         plan: what was written.
+        backend: as asked for.
+        active: false once removed.
     """
 
     target: Live
     plan: Plan
     backend: str = "auto"
+    active: bool = True
 
     def remove(self) -> None:
         """Subtract what was added. Not exact yet: each weight may end one rounding away from where it began.
 
         Raises:
-            PlanError: values were replaced, or the patch has DoRA terms; nothing has been written then.
+            PlanError: values were replaced, the patch has DoRA terms, or it was removed before; nothing has been
+                written then.
         """
-        tensors = live_target(self.target).tensors
-        execute(self.plan.negated(), tensors, backend=self.backend)
+        if not self.active:
+            raise PlanError("this patch has been removed already")
+        execute(self.plan.negated(), live_target(self.target).tensors, backend=self.backend)
+        self.active = False
 
 
 def apply(
@@ -203,6 +208,7 @@ def _untie(target: Live, names: Mapping[str, str]) -> None:
         for alias, stored in names.items():
             target[alias] = target[stored].detach().clone()
         return
+    clones = {alias: target.get_parameter(stored).detach().clone() for alias, stored in names.items()}
     for alias, stored in names.items():
         path, _, attribute = alias.rpartition(".")
         owner, tensor = target.get_submodule(path), target.get_parameter(stored)
@@ -212,15 +218,8 @@ def _untie(target: Live, names: Mapping[str, str]) -> None:
             owner._parameters = dict(owner._parameters)
             parent, _, child = path.rpartition(".")
             setattr(target.get_submodule(parent), child, owner)
-        clone = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-        owner.register_parameter(attribute, clone)
+        owner.register_parameter(attribute, nn.Parameter(clones[alias], requires_grad=tensor.requires_grad))
     config = getattr(target, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
-
-
-def synchronize(target: Live) -> None:
-    """Wait for the devices of a live target (for timing)."""
-    if torch.cuda.is_available() and any(t.is_cuda for t in live_target(target).tensors.values()):
-        torch.cuda.synchronize()

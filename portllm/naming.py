@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -74,6 +75,7 @@ class Placement:
     part: tuple[int, int] | None = None
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """One spelling for the names of old and new layouts, without what wrappers add."""
     name = _WRAPPERS.sub("", name).removeprefix(".")

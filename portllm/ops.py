@@ -121,13 +121,14 @@ def _check(
             f"lowrank_add_: {len(weights)} weights and {len(n_terms)} entries of n_terms with sum {total}, "
             f"but {lengths[0]} lora_A, {lengths[1]} lora_B and {lengths[2]} scalings"
         )
-    t = 0
+    stop = 0
     for i, (weight, count) in enumerate(zip(weights, n_terms, strict=True)):
         if weight.dim() != 2 or weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"lowrank_add_: weights[{i}] is {_describe(weight)}; it must be 2-D and floating point")
         if count < 1:
             raise ValueError(f"lowrank_add_: n_terms[{i}] is {count}; a weight needs at least one term")
-        for t in range(t, t + count):
+        start, stop = stop, stop + count
+        for t in range(start, stop):
             a, b = lora_A[t], lora_B[t]
             fits = a.dim() == 2 and b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0] > 0
             if not fits or (b.shape[0], a.shape[1]) != tuple(weight.shape):
@@ -141,7 +142,6 @@ def _check(
                 raise ValueError(
                     f"lowrank_add_: term {t} lies on {a.device} and {b.device}, weights[{i}] on {weight.device}"
                 )
-        t += 1
 
 
 def _describe(tensor: Tensor) -> str:

@@ -162,7 +162,7 @@ class Plan:
             )
         if strict and self.unmatched_patch:
             raise PlanError(
-                f"{len(self.unmatched_patch)} of the patch's names are not in the target: {_some(self.unmatched_patch)}; "
+                f"{len(self.unmatched_patch)} names of the patch are not in the target: {_some(self.unmatched_patch)}; "
                 "strict=False (--no-strict) applies the rest"
             )
         if strict and self.unmatched_target:

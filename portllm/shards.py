@@ -31,6 +31,9 @@ SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _HAS_VOCABULARY_HEAD = re.compile(
     r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq|EncoderModel|^T5"
 )
+_CONVERT = "convert it first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+# What is read from config.json, and must not be of another type.
+_CONFIG_TYPES = {"architectures": list, "model_type": str, "text_config": dict, "tie_word_embeddings": bool}
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt"}
 _CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
@@ -74,7 +77,8 @@ def read_shard(path: Path) -> Shard:
             header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
         size = path.stat().st_size
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {error}") from None
+        fix = _CONVERT if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf") else "copy or download it again"
+        raise CheckpointError(f"{path}: not a sound safetensors file: {error}; {fix}") from None
     metadata = header.pop("__metadata__", None)
     tensors = [
         Stored(name, info["dtype"], tuple(info["shape"]), *(8 + length + offset for offset in info["data_offsets"]))
@@ -118,7 +122,7 @@ class Checkpoint:
             return cls(path, (read_shard(path),), None, {})
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such model directory or file")
-        config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = _read_config(path / "config.json") if (path / "config.json").is_file() else {}
         single = next((path / name for name in SINGLE_NAMES if (path / name).is_file()), None)
         indices = sorted(path.glob("*.safetensors.index.json"))
         if single is not None:
@@ -206,10 +210,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    for key, kind in _CONFIG_TYPES.items():
+        if not isinstance(config.get(key), kind | None):
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; it must be a {kind.__name__}")
+    return config
+
+
 def _read_indexed(directory: Path, index: Path) -> tuple[Shard, ...]:
-    weight_map = _read_json(index).get("weight_map")
+    content = _read_json(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    if not isinstance(content.get("metadata"), dict | None):
+        raise CheckpointError(f"{index}: metadata is {content['metadata']!r}; it must be an object")
     names: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
         names.setdefault(file, []).append(tensor)
@@ -218,7 +233,7 @@ def _read_indexed(directory: Path, index: Path) -> tuple[Shard, ...]:
         # Only the name is checked, not where a link leads: hub caches link every file to a store elsewhere.
         if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: file name {file!r} is not a safetensors file in the model's own directory")
-        if not (directory / file).is_file():
+        if not os.path.isfile(directory / file):
             raise CheckpointError(f"{index}: names {file}, which is missing from {directory}; download it again")
         shard = read_shard(directory / file)
         missing = set(tensors) - {stored.name for stored in shard.tensors}
@@ -240,5 +255,5 @@ def _why_no_weights(path: Path, files: list[Path], indices: list[Path]) -> str:
     if len(files) > 1:
         return f"{len(files)} safetensors files but no index; a sharded checkpoint needs model.safetensors.index.json"
     if next(path.glob("*.bin"), None) is not None:
-        return "weights are .bin only; convert them first: AutoModel.from_pretrained(...).save_pretrained(...)"
+        return f"weights are .bin only; {_CONVERT}"
     return "no safetensors files in it"
