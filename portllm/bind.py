@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .naming import Names, Placement, canonical, logical_modules
+from .naming import Names, Placement, canonical, readings
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry
 from .planning import Assign, Plan, Region, Term, Update, check_dtype
 
@@ -27,11 +27,13 @@ class Target:
         tensors: name -> tensor, each memory once.
         aliases: other names of the same memory (tied weights) -> name in ``tensors``.
         transposed: for a weight's name, whether its layer stores [in, out] (GPT-2's Conv1D); None if unknown.
+        declared: the tensors come in the order in which their modules declare them (files sort them otherwise).
     """
 
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
     transposed: Callable[[str], bool | None] = lambda name: None
+    declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ class _Binder:
         self.warnings: list[str] = []
 
     def run(self) -> None:
+        if base := self._patch.config.quantised_base:
+            self.warnings.append(
+                f"{self._patch.name} was trained on a quantised base ({base}): added to 16-bit weights, it lacks the "
+                "quantisation error that it was trained with, and the result differs by that much"
+            )
         # Replaced tensors first: they may change a vocabulary's size, which the factors then have to fit.
         for entry in self._patch.entries:
             if isinstance(entry, ReplaceEntry):
@@ -179,11 +186,13 @@ class _Binder:
             spelled = canonical(name)
             if tensor.dim() < 2 or not spelled.startswith(base):
                 continue
-            if not spelled.endswith(".weight"):
-                wanted = [spelled] if config.targets_parameter(spelled) else []
-            else:
-                wanted = [m for m in logical_modules(spelled) if config.targets_module(m)]
-            missing += [m for m in wanted if m not in self._covered]
+            if config.targets_parameter(spelled):
+                missing += {spelled.removesuffix(".weight")} - self._covered
+            elif spelled.endswith(".weight"):
+                # One reading of a weight's name holds: that which the patch has factors for, else the first.
+                wanted = [{m for m in reading if config.targets_module(m)} for reading in readings(spelled)]
+                wanted.sort(key=lambda modules: (not modules & self._covered, not modules))
+                missing += sorted(wanted[0] - self._covered)
         return list(dict.fromkeys(missing))
 
     # -- the kinds of entries ------------------------------------------------------------------------------------
@@ -209,8 +218,9 @@ class _Binder:
                 spelling, placements = self._names.place_expert(parameter, expert, lora_B.shape[0])
                 self._covered.add(canonical(spelling).removesuffix(".weight"))
                 for placement in placements:
+                    stacked = count > 1 or placement.expert is not None
                     self._candidate(
-                        placement, parameter, each_A[expert], each_B[:, :, expert], scaling, None, "linear", True
+                        placement, parameter, each_A[expert], each_B[:, :, expert], scaling, None, "linear", stacked
                     )
 
     def _assign_experts(self, entry: ExpertEntry) -> dict[str, tuple[Tensor, Tensor]]:
@@ -234,7 +244,7 @@ class _Binder:
         ]
         # PEFT wraps the parameters in the order in which the module declares them, innermost first.
         declared = [c for c in choices if list(c) == sorted(c, key=present.index)]
-        if len(choices) == 1 or (len(declared) == 1 and all(p in order for p in present)):
+        if len(choices) == 1 or (self._target.declared and len(declared) == 1 and all(p in order for p in present)):
             return (choices if len(choices) == 1 else declared)[0]
         factors = "; ".join(f"lora_A {list(a.shape)}, lora_B {list(b.shape)}" for a, b in entry.factors)
         target = ", ".join(f"{p} {list(s)}" for p, s in shapes.items())
@@ -341,7 +351,7 @@ class _Binder:
         scaling: float,
         magnitude: Tensor | None,
         kind: str,
-        is_expert: bool,
+        stacked: bool,
     ) -> None:
         stored = self._stored(placement.name)
         tensor = self._tensors[stored]
@@ -370,7 +380,7 @@ class _Binder:
         self._candidates.append(
             _Candidate(
                 placement, source, lora_A, lora_B, scaling, magnitude, axis, matrix,
-                is_expert or placement.expert is not None, direct, swapped,
+                stacked or placement.expert is not None, direct, swapped,
             )
         )  # fmt: skip
 

@@ -43,6 +43,12 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron shards the factors",
 }
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What the names of quantised models carry.
+_QUANTISED = re.compile(
+    r"(^|[-_./])(bnb|[2-8]-?bits?|int[48]|nf4|(nv|mx)?fp[48]|gptq|awq|hqq|aqlm|eetq|exl[23]|quip|w[48]a(8|16)|gguf)"
+    r"($|[-_./])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,11 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @property
+    def quantised_base(self) -> str | None:
+        """The base's name if it says that the adapter was trained on quantised weights (QLoRA), else None."""
+        return self.base_model if self.base_model and _QUANTISED.search(self.base_model) else None
+
+    @property
     def selects_by_kind(self) -> bool:
         """Whether target_modules names a kind of layer ("all-linear") or nothing, so that names cannot be checked."""
         if self.target_modules is None:
@@ -163,9 +174,10 @@ class AdapterConfig:
         targets = self.target_modules
         if not self.layers_to_transform or isinstance(targets, str) or (targets and name in targets):
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern]
+        patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
-        return found is not None and int(found.group(1)) in self.layers_to_transform
+        return found is not None and int(found["idx"]) in self.layers_to_transform
 
     def targets_parameter(self, name: str) -> bool:
         """Whether target_parameters name the parameter ``name``."""
@@ -181,8 +193,14 @@ class AdapterConfig:
         return tuple(names)
 
     def saves_module(self, name: str) -> bool:
-        """Whether ``name`` is, or lies in, one of modules_to_save."""
+        """Whether ``name`` is, or lies in, one of modules_to_save, so that PEFT puts no factors on it."""
         return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save)
+
+    def saves_tensor_of(self, name: str) -> bool:
+        """Whether PEFT saves module ``name`` whole: the name, or that of a module around it, ends as one to save."""
+        parts = name.split(".")
+        around = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        return any(module.endswith(self.modules_to_save) for module in around)
 
     def token_indices(self, module: str) -> tuple[int, ...] | None:
         """The vocabulary rows that trainable_token_indices trains in ``module``, or None."""
@@ -282,8 +300,10 @@ class _Reader:
         for name, number in value.items():
             _compile(key, name)
             integer = isinstance(number, int) and not isinstance(number, bool) and number > 0
-            if not integer and (key == "rank_pattern" or not isinstance(number, float) or not math.isfinite(number)):
-                raise PatchError(f"setting {key}[{name!r}]={number!r} must be a positive number")
+            if key == "rank_pattern" and not integer:
+                raise PatchError(f"setting {key}[{name!r}]={number!r} must be a positive integer")
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise PatchError(f"setting {key}[{name!r}]={number!r} must be a finite number")
         return dict(value)
 
 

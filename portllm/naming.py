@@ -94,15 +94,15 @@ def split(name: str) -> tuple[str, str, str]:
     return parent + dot, leaf, attribute
 
 
-def logical_modules(name: str) -> Iterator[str]:
-    """The modules a target's weight can stand for: itself, its fused parts, the fused weight it is a part of."""
+def readings(name: str) -> Iterator[tuple[str, ...]]:
+    """The modules a target's weight can stand for: itself, its fused parts, or the fused weight it is a part of."""
     parent, leaf, _ = split(name)
-    yield parent + leaf
-    for part in FUSIONS.get(leaf, ()):
-        yield parent + part
+    yield (parent + leaf,)
+    if leaf in FUSIONS:
+        yield tuple(parent + part for part in FUSIONS[leaf])
     for fused, parts in FUSIONS.items():
         if leaf in parts:
-            yield parent + fused
+            yield (parent + fused,)
 
 
 class Names:
@@ -156,6 +156,9 @@ class Names:
             for name in (spelling, f"{spelling}.weight"):
                 if name in self._index and len(self.shape(self._index[name])) == 3:
                     return spelling, [Placement(self._index[name], expert)]
+            # target_parameters may also name a plain matrix, such as a router's.
+            if expert == 0 and spelling in self._index and len(self.shape(self._index[spelling])) == 2:
+                return spelling, [Placement(self._index[spelling])]
         parent, leaf, _ = split(parameter)
         return self.place(f"{parent}{expert}.{leaf}.weight", rows)
 

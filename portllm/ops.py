@@ -204,7 +204,19 @@ def _launcher(name: str) -> _Launcher:
         op: Any = torch.ops.portllm.lowrank_add_cpu_
         return op
     if name == "triton":
-        from . import kernels
-
-        return kernels.lowrank_add_
+        return _triton
     return reference.lowrank_add_
+
+
+def _triton(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_terms: Sequence[int],
+) -> None:
+    from . import kernels
+
+    # The kernel's sums are fp32, in which an fp64 factor cannot say more than its fp32 rounding.
+    narrow_A, narrow_B = ([f.float() if f.dtype == torch.float64 else f for f in fs] for fs in (lora_A, lora_B))
+    kernels.lowrank_add_(weights, narrow_A, narrow_B, scalings, n_terms)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import CONFIG_NAME, AdapterConfig
-from .errors import PatchError
+from .errors import PatchError, UnsupportedPatchError
 from .hub import resolve
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -279,7 +279,9 @@ def _targets_by_name(config: AdapterConfig, module: str) -> bool:
 
 def _explain_module(module: str, parts: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entry]:
     parts = dict(parts)
-    if not config.targets_module(module):
+    # With ensure_weight_tying PEFT writes down the embedding only, and finds the layers tied to it in the model.
+    is_tied = config.ensure_weight_tying and _VOCABULARY_LAYERS.match(module)
+    if not config.targets_module(module) and not is_tied:
         raise PatchError(
             f"module {module} has factors, but target_modules/exclude_modules/layers_to_transform do not cover it; "
             f"PEFT would ignore them: mend {CONFIG_NAME}"
@@ -301,6 +303,11 @@ def _explain_module(module: str, parts: dict[str, Tensor], config: AdapterConfig
         raise PatchError(f"module {module}: needs {names[0]} and {names[1]}, has {', '.join(sorted(parts))}")
     lora_A, lora_B = parts[names[0]], parts[names[1]]
     rank = config.rank(module)
+    if lora_B.dim() > 2 and lora_A.shape[0] == rank and lora_B.shape[1] < rank and rank % lora_B.shape[1] == 0:
+        raise UnsupportedPatchError(
+            f"module {module}: lora_B {list(lora_B.shape)} of rank {rank} belongs to a convolution in "
+            f"{rank // lora_B.shape[1]} groups; grouped convolutions cannot be merged"
+        )
     if lora_A.dim() < 2 or lora_B.dim() < 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
         raise PatchError(
             f"module {module}: {names[0]} {list(lora_A.shape)} and {names[1]} {list(lora_B.shape)} "
@@ -355,7 +362,7 @@ def _explain_whole(key: str, tensor: Tensor, config: AdapterConfig) -> Entry:
     frozen = ".base_layer." in name
     name = name.replace(".base_layer", "").replace(".original_module", "")
     module, _, leaf = name.rpartition(".")
-    if config.saves_module(module):
+    if config.saves_tensor_of(module):
         return ReplaceEntry(name, tensor, "modules_to_save")
     if leaf == "bias" and config.bias != "none":
         return ReplaceEntry(name, tensor, f"bias={config.bias}")
