@@ -30,20 +30,24 @@ def load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the native library does not load: {str(error).splitlines()[0]}"
+    if _chosen_isa() is None:
+        return f"PORTLLM_CPU_ISA={os.environ.get('PORTLLM_CPU_ISA')} is unknown, or this CPU lacks it"
     return None
 
 
 def isa() -> str | None:
-    """The instruction set that the CPU kernel runs with in this process.
+    """The instruction set that the CPU kernel uses in this process.
 
-    Chosen from the CPU at the first call of the kernel; PORTLLM_CPU_ISA forces a lower one.
+    The fastest one of the CPU; the environment variable PORTLLM_CPU_ISA chooses another one at start.
 
     Returns:
-        "avx512", "avx2" or "portable"; None if the library is not loaded.
+        "avx512_bf16", "avx512", "avx2" or "portable"; None if the library is not loaded.
     """
-    if load() is not None:
-        return None
-    name = ctypes.CDLL(str(LIBRARY)).portllm_cpu_isa
-    name.restype = ctypes.c_char_p
-    value: bytes = name()
-    return value.decode()
+    return _chosen_isa() if load() is None else None
+
+
+def _chosen_isa() -> str | None:
+    function = ctypes.CDLL(str(LIBRARY)).portllm_cpu_isa
+    function.restype = ctypes.c_char_p
+    name: bytes | None = function()
+    return name.decode() if name else None

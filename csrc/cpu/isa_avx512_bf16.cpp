@@ -1,0 +1,96 @@
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/half.h"
+#include "cpu/target.h"
+
+PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
+
+#include "cpu/avx512.h"
+#include "cpu/kernel.h"
+
+namespace portllm {
+namespace {
+
+struct Single : Avx512Single {
+  static constexpr bool kPairs = true;
+
+  static __m512bh pairs(Vec x) { return (__m512bh)x; }
+
+  static Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, pairs(a), pairs(b)); }
+
+  using Avx512Single::update;
+
+  static void update(bf16* w, Vec even, Vec odd) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i both = _mm512_loadu_si512(w);
+    even = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), even);
+    odd = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), odd);
+    const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    // The conversion makes zeros of subnormal numbers and keeps the payload of NaNs.
+    const __mmask32 zero = _mm512_testn_epi16_mask(packed, _mm512_set1_epi16(0x7fff));
+    const __mmask32 nan = _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q);
+    if (zero | nan) [[unlikely]] {
+      return store(w, even, odd);
+    }
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(w, _mm512_permutexvar_epi16(order, packed));
+  }
+};
+
+struct Avx512Bf16 {
+  using Single = portllm::Single;
+  using Double = Avx512Double;
+};
+
+// Whether the instruction rounds after each of its two products, upper half first, as Intel and AMD
+// document it: then it does what two fused multiply-adds do.
+bool dot_is_sequential() {
+  uint32_t state = 1;
+  const auto random = [&](int exponents) {  // sign and mantissa random, exponent near that of 1
+    state = state * 1664525u + 1013904223u;
+    const uint32_t exponent = 127 - exponents / 2 + state % 4096 * exponents / 4096;
+    return std::bit_cast<float>((state & 0x807fffffu) | exponent << 23);
+  };
+  const auto upper = [](float x) { return std::bit_cast<uint32_t>(x) & 0xffff0000u; };
+  for (int trial = 0; trial < 256; ++trial) {
+    const uint32_t a0 = upper(random(8)), a1 = upper(random(8));
+    const uint32_t b0 = upper(random(8)), b1 = upper(random(8));
+    const float c = random(16);
+    const auto f = [](uint32_t bits) { return std::bit_cast<float>(bits); };
+    const float expected = std::fma(f(a1), f(b1), std::fma(f(a0), f(b0), c));
+    const Single::Vec got = Single::dot(Single::set1(f(a0 | a1 >> 16)),
+                                        Single::set1(f(b0 | b1 >> 16)), Single::set1(c));
+    if (_mm512_cvtss_f32(got) != expected) return false;
+  }
+  return true;
+}
+
+const Isa* table() { return isa<Avx512Bf16>("avx512_bf16"); }
+
+}  // namespace
+}  // namespace portllm
+
+PORTLLM_TARGET_END
+
+const portllm::Isa* portllm::avx512_bf16() {
+  return avx512() && __builtin_cpu_supports("avx512bf16") && dot_is_sequential() ? table()
+                                                                                 : nullptr;
+}
+
+#else
+
+const portllm::Isa* portllm::avx512_bf16() { return nullptr; }
+
+#endif

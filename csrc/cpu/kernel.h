@@ -1,0 +1,380 @@
+// The kernel, written once over a small SIMD wrapper S and compiled by each isa_*.cpp for its own
+// target. S::Single and S::Double give: Real, Vec, kWidth, kRows (of a tile), kVectors (of its
+// columns), kPairs, zero, set1, load, store, fma; dot where kPairs; and update(E* w, Vec, Vec) for
+// each dtype E of weights.
+//
+// A step of k is one k, or two where a term's factors go in as pairs (see Term). Scratch holds A of
+// a panel as [term][column tile][step][kCols] and B of a tile of rows as
+// [term][step / kChunk][kRows][kChunk], zeros where the matrices end. One column tile of A is read
+// in order; the rows of B are a constant distance apart, which spares their pointers.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/half.h"
+#include "cpu/lowrank_add.h"
+
+namespace portllm {
+namespace {
+
+constexpr int kChunk = 16;
+// How many column tiles ahead of the arithmetic W is fetched.
+constexpr int kAhead = 4;
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Calls f with a value of the C++ type that a dtype stands for.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(bf16{});
+    case DType::fp16: return f(fp16{});
+    case DType::fp32: return f(float{});
+    case DType::fp64: return f(double{});
+  }
+}
+
+template <class E>
+E* at(const Matrix& x, int64_t row, int64_t col) {
+  return static_cast<E*>(x.data) + row * x.row_stride + col * x.col_stride;
+}
+
+template <class S>
+constexpr int kCols = S::kVectors * S::kWidth;
+
+// bf16 pairs are widened in place: one vector takes the even columns, the next one the odd ones.
+template <class S>
+int position(int col, bool even_odd) {
+  if (!even_odd) return col;
+  const int in_pair = col % (2 * S::kWidth);
+  return col - in_pair + in_pair % 2 * S::kWidth + in_pair / 2;
+}
+
+inline int64_t steps(const Term& term) { return term.pairs ? (term.rank + 1) / 2 : term.rank; }
+
+template <class S>
+int64_t a_size(const Term& term, int64_t cols) {
+  return steps(term) * round_up(cols, kCols<S>);
+}
+
+template <class S>
+int64_t b_size(const Term& term) {
+  return round_up(steps(term), kChunk) * S::kRows;
+}
+
+template <class S>
+int64_t scratch_size(const Weight& weight, int64_t cols) {
+  int64_t size = 0;
+  for (const Term& term : weight.terms) size += a_size<S>(term, cols) + b_size<S>(term);
+  return size;
+}
+
+inline uint32_t as_bf16(bf16 x) { return x.bits; }
+inline uint32_t as_bf16(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
+
+template <class S, class E>
+constexpr bool kCanPair = S::kPairs && (std::is_same_v<E, bf16> || std::is_same_v<E, float>);
+
+// Reads one column of A, or one row of B, a step at a time. Of a pair, `dot` takes the upper half
+// first; where an odd rank leaves a pair incomplete, -0 * 0 changes no sum, not even the sign of 0.
+template <class Real, class E, bool kPairs, uint16_t kPad>
+struct Steps {
+  const E* data;
+  int64_t stride;
+  int64_t rank;
+
+  Real operator[](int64_t step) const {
+    if constexpr (kPairs) {
+      const uint32_t first = as_bf16(data[2 * step * stride]);
+      const uint32_t second = 2 * step + 1 < rank ? as_bf16(data[(2 * step + 1) * stride]) : kPad;
+      return std::bit_cast<float>(first << 16 | second);
+    } else {
+      return static_cast<Real>(widen(data[step * stride]));
+    }
+  }
+};
+
+template <class S, class E, bool kPairs>
+void pack_a(const Term& term, int64_t col, int64_t cols, bool even_odd,
+            typename S::Real* __restrict out) {
+  using Real = typename S::Real;
+  using Column = Steps<Real, E, kPairs, 0x8000>;
+  constexpr int kC = kCols<S>;
+  const int64_t count = steps(term);
+  const int64_t stride = term.a.row_stride;
+  if (term.a.col_stride != 1) {
+    for (int64_t j = 0; j < round_up(cols, kC); ++j) {
+      Real* o = out + j / kC * count * kC + position<S>(j % kC, even_odd);
+      const Column column{at<E>(term.a, 0, col + j), stride, term.rank};
+      for (int64_t k = 0; k < count; ++k) o[k * kC] = j < cols ? column[k] : Real{0};
+    }
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const E* in = at<E>(term.a, 0, col);
+    Real* o = out + k * kC;
+    for (int64_t j = 0; j < cols; j += kC, o += count * kC) {
+      Real wide[kC];
+      if (cols - j >= kC) {
+        for (int c = 0; c < kC; ++c) wide[c] = Column{in + j + c, stride, term.rank}[k];
+      } else {
+        for (int c = 0; c < kC; ++c) {
+          wide[c] = j + c < cols ? Column{in + j + c, stride, term.rank}[k] : Real{0};
+        }
+      }
+      if (even_odd) {
+        for (int p = 0; p < kC; p += 2 * S::kWidth) {
+          for (int c = 0; c < S::kWidth; ++c) {
+            o[p + c] = wide[p + 2 * c];
+            o[p + S::kWidth + c] = wide[p + 2 * c + 1];
+          }
+        }
+      } else {
+        std::memcpy(o, wide, sizeof wide);
+      }
+    }
+  }
+}
+
+template <class S, class E, bool kPairs>
+void pack_b(const Term& term, int64_t row, int64_t rows, typename S::Real* __restrict out) {
+  using Real = typename S::Real;
+  for (int64_t k = 0; k < steps(term); k += kChunk, out += S::kRows * kChunk) {
+    const int64_t count = std::min<int64_t>(kChunk, steps(term) - k);
+    for (int i = 0; i < S::kRows; ++i) {
+      Real* o = out + i * kChunk;
+      if (i >= rows) {
+        std::memset(o, 0, kChunk * sizeof *o);
+        continue;
+      }
+      const Steps<Real, E, kPairs, 0> in{at<E>(term.b, row + i, 0), term.b.col_stride, term.rank};
+      if (in.stride == 1 && count == kChunk) {
+        const Steps<Real, E, kPairs, 0> unit{in.data, 1, term.rank};
+        for (int c = 0; c < kChunk; ++c) o[c] = unit[k + c];
+      } else {
+        for (int c = 0; c < count; ++c) o[c] = in[k + c];
+      }
+    }
+  }
+}
+
+template <class S>
+void pack_b_term(const Term& term, int64_t row, int64_t rows, typename S::Real* out) {
+  with_type(term.b.dtype, [&](auto e) {
+    using E = decltype(e);
+    if constexpr (kCanPair<S, E>) {
+      if (term.pairs) return pack_b<S, E, true>(term, row, rows, out);
+    }
+    pack_b<S, E, false>(term, row, rows, out);
+  });
+}
+
+// The part of W that one tile updates.
+template <class E>
+struct Target {
+  E* w;
+  int64_t row_stride;
+  int64_t col_stride;
+  int rows;
+  int cols;
+};
+
+template <class S>
+using Accumulators = typename S::Vec[S::kRows][S::kVectors];
+
+// One step: d += b[:, k] * a[k, :].
+template <class S, bool kPairs>
+[[gnu::always_inline]] inline void multiply(const typename S::Real* a, const typename S::Real* b,
+                                            Accumulators<S>& d) {
+  typename S::Vec x[S::kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < S::kVectors; ++v) x[v] = S::load(a + v * S::kWidth);
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kRows; ++i) {
+    const typename S::Vec y = S::set1(b[i * kChunk]);
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) {
+      if constexpr (kPairs) {
+        d[i][v] = S::dot(y, x[v], d[i][v]);
+      } else {
+        d[i][v] = S::fma(y, x[v], d[i][v]);
+      }
+    }
+  }
+}
+
+template <class S, class E>
+[[gnu::always_inline]] inline void update_row(E* w, const typename S::Real* sums) {
+#pragma GCC unroll 4
+  for (int v = 0; v < S::kVectors; v += 2) {
+    const typename S::Real* sum = sums + v * S::kWidth;
+    S::update(w + v * S::kWidth, S::load(sum), S::load(sum + S::kWidth));
+  }
+}
+
+// sums = s * (b * a) + sums for one tile and term. Meanwhile, row by row between the steps of k,
+// W takes the finished sums of another tile: so its update fills the gaps of the multiplication.
+template <class S, bool kPairs, class E>
+void add_term(const typename S::Real* a, const typename S::Real* b, int64_t count,
+              typename S::Real scaling, bool first, typename S::Real* sums, const Target<E>& done,
+              const typename S::Real* done_sums) {
+  Accumulators<S> d;
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) d[i][v] = S::zero();
+  }
+  static_assert(S::kRows <= kChunk);
+  const int both = static_cast<int>(std::min<int64_t>(done.rows, count));
+#pragma GCC unroll 1
+  for (int i = 0; i < both; ++i, a += kCols<S>) {
+    multiply<S, kPairs>(a, b + i, d);
+    update_row<S>(done.w + i * done.row_stride, done_sums + i * kCols<S>);
+  }
+  for (int64_t k = both; k < count;) {
+    const typename S::Real* chunk = b + k / kChunk * kChunk * S::kRows;
+    const int64_t end = std::min<int64_t>(count, k / kChunk * kChunk + kChunk);
+#pragma GCC unroll 1
+    for (; k < end; ++k, a += kCols<S>) multiply<S, kPairs>(a, chunk + k % kChunk, d);
+  }
+#pragma GCC unroll 1
+  for (int i = both; i < done.rows; ++i) {
+    update_row<S>(done.w + i * done.row_stride, done_sums + i * kCols<S>);
+  }
+  const typename S::Vec s = S::set1(scaling);
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) {
+      typename S::Real* sum = sums + i * kCols<S> + v * S::kWidth;
+      S::store(sum, S::fma(s, d[i][v], first ? S::zero() : S::load(sum)));
+    }
+  }
+}
+
+// A tile that W does not fill, or whose columns lie apart: through a buffer.
+template <class S, class E>
+[[gnu::noinline]] void update_edge(const Target<E>& target, const typename S::Real* sums) {
+  constexpr int kPair = 2 * S::kWidth;
+  for (int i = 0; i < target.rows; ++i) {
+    for (int j = 0; j < target.cols; j += kPair) {
+      const int count = std::min(kPair, target.cols - j);
+      E* w = target.w + i * target.row_stride + j * target.col_stride;
+      E buffer[kPair] = {};
+      for (int c = 0; c < count; ++c) buffer[c] = w[c * target.col_stride];
+      const typename S::Real* sum = sums + i * kCols<S> + j;
+      S::update(buffer, S::load(sum), S::load(sum + S::kWidth));
+      for (int c = 0; c < count; ++c) w[c * target.col_stride] = buffer[c];
+    }
+  }
+}
+
+template <class S, class E>
+void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                  typename S::Real* a) {
+  using Real = typename S::Real;
+  constexpr int kR = S::kRows, kC = kCols<S>;
+  const int64_t tiles = round_up(cols, kC) / kC;
+  const int64_t row_stride = weight.w.row_stride, col_stride = weight.w.col_stride;
+  Real* b = a;
+  for (const Term& term : weight.terms) b += a_size<S>(term, cols);
+  alignas(64) Real sums[2][kR * kC];
+  for (; row < row_end; row += kR) {
+    const int rows = static_cast<int>(std::min<int64_t>(kR, row_end - row));
+    Real* out = b;
+    for (const Term& term : weight.terms) {
+      pack_b_term<S>(term, row, rows, out);
+      out += b_size<S>(term);
+    }
+    Target<E> done{};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      // Rows lie pages apart, which is more than the hardware's prefetcher follows.
+      const int64_t ahead = tile + kAhead;
+      const E* next = ahead < tiles ? at<E>(weight.w, row, col + ahead * kC)
+                                    : at<E>(weight.w, row + kR, col + (ahead - tiles) * kC);
+#pragma GCC unroll 16
+      for (int i = 0; i < kR; ++i) {
+        for (size_t line = 0; line < kC; line += 64 / sizeof(E)) {
+          __builtin_prefetch(next + i * row_stride + line);
+        }
+      }
+      const Real* term_a = a;
+      const Real* term_b = b;
+      Real* mine = sums[tile % 2];
+      for (size_t t = 0; t < weight.terms.size(); ++t) {
+        const Term& term = weight.terms[t];
+        const auto add = term.pairs ? add_term<S, S::kPairs, E> : add_term<S, false, E>;
+        add(term_a + tile * steps(term) * kC, term_b, steps(term), static_cast<Real>(term.scaling),
+            t == 0, mine, done, sums[1 - tile % 2]);
+        done.rows = 0;
+        term_a += a_size<S>(term, cols);
+        term_b += b_size<S>(term);
+      }
+      const int width = static_cast<int>(std::min<int64_t>(kC, cols - tile * kC));
+      done = {at<E>(weight.w, row, col + tile * kC), row_stride, col_stride, rows, width};
+      if (width < kC || col_stride != 1) {
+        update_edge<S>(done, mine);
+        done.rows = 0;
+      }
+    }
+    for (int i = 0; i < done.rows; ++i) {
+      update_row<S>(done.w + i * row_stride, sums[(tiles - 1) % 2] + i * kC);
+    }
+  }
+}
+
+template <class S>
+void pack(const Weight& weight, int64_t col, int64_t cols, typename S::Real* out) {
+  const bool even_odd = weight.w.dtype == DType::bf16;
+  for (const Term& term : weight.terms) {
+    with_type(term.a.dtype, [&](auto e) {
+      using E = decltype(e);
+      if constexpr (kCanPair<S, E>) {
+        if (term.pairs) return pack_a<S, E, true>(term, col, cols, even_odd, out);
+      }
+      pack_a<S, E, false>(term, col, cols, even_odd, out);
+    });
+    out += a_size<S>(term, cols);
+  }
+}
+
+// I gives S::Single and S::Double; fp64 weights take the latter.
+template <class I>
+int64_t isa_scratch(const Weight& weight, int64_t cols) {
+  return weight.w.dtype == DType::fp64 ? scratch_size<typename I::Double>(weight, cols)
+                                       : scratch_size<typename I::Single>(weight, cols);
+}
+
+template <class I>
+void isa_pack(const Weight& weight, int64_t col, int64_t cols, void* scratch) {
+  if (weight.w.dtype == DType::fp64) {
+    pack<typename I::Double>(weight, col, cols, static_cast<double*>(scratch));
+  } else {
+    pack<typename I::Single>(weight, col, cols, static_cast<float*>(scratch));
+  }
+}
+
+template <class I>
+void isa_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                void* scratch) {
+  with_type(weight.w.dtype, [&](auto e) {
+    using E = decltype(e);
+    using S = std::conditional_t<std::is_same_v<E, double>, typename I::Double, typename I::Single>;
+    update_block<S, E>(weight, row, row_end, col, cols, static_cast<typename S::Real*>(scratch));
+  });
+}
+
+template <class I>
+const Isa* isa(const char* name) {
+  using S = typename I::Single;
+  static const Isa table{name,           S::kRows,    kCols<S>,     S::kPairs,
+                         isa_scratch<I>, isa_pack<I>, isa_update<I>};
+  return &table;
+}
+
+}  // namespace
+}  // namespace portllm

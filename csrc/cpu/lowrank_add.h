@@ -1,0 +1,82 @@
+// W <- round(W + sum_t s_t * (B_t A_t)), in place, for a list of weights. No torch in here.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace portllm {
+
+enum class DType { bf16, fp16, fp32, fp64 };
+
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t row_stride;  // in elements
+  int64_t col_stride;
+};
+
+struct Term {
+  Matrix a;  // [rank, cols]
+  Matrix b;  // [rows, rank]
+  int64_t rank;
+  double scaling;
+  // Set by Job: the instruction that adds two bf16 products at a time gives the same bits.
+  bool pairs = false;
+};
+
+struct Weight {
+  Matrix w;  // [rows, cols]
+  int64_t rows;
+  int64_t cols;
+  std::vector<Term> terms;
+};
+
+// What is done to each element, in every variant and whatever the tiling, so that all give one
+// result to the last bit (c is float, or double where W is double):
+//   sum = 0; for t: { d = 0; for k: d = fma(B[i,k], A[k,j], d); sum = fma(s, d, sum); }
+//   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one.
+// Only fp64 factors of narrower weights are rounded, to float, before.
+struct Isa {
+  const char* name;
+  int tile_rows;
+  int tile_cols;
+  bool pairs;  // has that instruction
+  // Floats (or doubles) of scratch that `update` needs for a block of so many columns.
+  int64_t (*scratch)(const Weight&, int64_t cols);
+  // Packs the columns [col, col + cols) of every A into scratch.
+  void (*pack)(const Weight&, int64_t col, int64_t cols, void* scratch);
+  // Updates rows [row, row_end) of the columns that scratch holds.
+  void (*update)(const Weight&, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                 void* scratch);
+};
+
+// The fastest variant that the CPU has, or the one that PORTLLM_CPU_ISA names; null if that one
+// is unknown or the CPU lacks it.
+const Isa* chosen_isa();
+
+// One job over all weights, cut into blocks that any number of threads take one after the other.
+class Job {
+ public:
+  Job(const Isa& isa, std::vector<Weight> weights, int threads);
+
+  // Takes blocks until none is left; to be called once by each thread.
+  void work();
+
+ private:
+  struct Grid {
+    int64_t panel_cols;
+    int64_t strip_rows;
+    int64_t strips;
+    int64_t first_block;  // blocks are numbered through all weights
+  };
+
+  const Isa& isa_;
+  std::vector<Weight> weights_;
+  std::vector<Grid> grids_;
+  int64_t blocks_ = 0;
+  int64_t scratch_bytes_ = 0;
+  std::atomic<int64_t> next_{0};
+};
+
+}  // namespace portllm
