@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise, permutations
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .naming import Names, Placement, canonical, readings
+from .naming import VOCABULARY_LAYERS, Names, Placement, canonical, readings
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry
 from .planning import Assign, Plan, Region, Term, Update, check_dtype
 
@@ -51,6 +51,10 @@ class Options:
             raise PlanError(f"expert_layout={self.expert_layout!r} must be 'out_in' or 'in_out'")
 
 
+_Factors = tuple[Tensor, Tensor]  # lora_A [E*r, in], lora_B [out, r*E] of stacked experts
+_Shape = tuple[int, int, int]  # experts, rows and columns of each as the target stores them
+
+
 @dataclass(frozen=True)
 class _Candidate:
     """A term with a place, before its orientation is settled."""
@@ -63,7 +67,6 @@ class _Candidate:
     magnitude: Tensor | None
     magnitude_axis: int
     matrix: tuple[int, int]
-    stacked: bool
     direct: bool
     swapped: bool
 
@@ -164,15 +167,15 @@ class _Binder:
         for entry in self._patch.entries:
             if isinstance(entry, ReplaceEntry):
                 self._replace(entry)
+        self._check_vocabulary()
         for entry in self._patch.entries:
             if isinstance(entry, LoraEntry):
                 self._lora(entry)
-            elif isinstance(entry, ExpertEntry):
-                self._experts(entry)
             elif isinstance(entry, BiasEntry):
                 self._bias(entry)
             elif isinstance(entry, RowsEntry):
                 self._rows(entry)
+        self._experts(entry for entry in self._patch.entries if isinstance(entry, ExpertEntry))
         self._orient()
 
     def uncovered(self) -> list[str]:
@@ -190,9 +193,11 @@ class _Binder:
                 missing += {spelled.removesuffix(".weight")} - self._covered
             elif spelled.endswith(".weight"):
                 # One reading of a weight's name holds: that which the patch has factors for, else the first.
-                wanted = [{m for m in reading if config.targets_module(m)} for reading in readings(spelled)]
-                wanted.sort(key=lambda modules: (not modules & self._covered, not modules))
-                missing += sorted(wanted[0] - self._covered)
+                wanted = [
+                    (not along & self._covered, {m for m in modules if config.targets_module(m)})
+                    for modules, along in readings(spelled)
+                ]
+                missing += sorted(min(wanted, key=lambda w: (w[0], not w[1]))[1] - self._covered)
         return list(dict.fromkeys(missing))
 
     # -- the kinds of entries ------------------------------------------------------------------------------------
@@ -205,27 +210,33 @@ class _Binder:
         self._covered.add(canonical(spelling).removesuffix(".weight"))
         for placement in placements:
             self._candidate(
-                placement, entry.module, entry.lora_A, entry.lora_B, entry.scaling, entry.magnitude, entry.kind, False
+                placement, entry.module, entry.lora_A, entry.lora_B, entry.scaling, entry.magnitude, entry.kind
             )
 
-    def _experts(self, entry: ExpertEntry) -> None:
-        for parameter, (lora_A, lora_B) in self._assign_experts(entry).items():
-            count, rank = self._names.count_experts(parameter), self._patch.config.rank(parameter)
-            scaling = self._patch.config.scaling(parameter)
+    def _experts(self, entries: Iterable[ExpertEntry]) -> None:
+        assigned = [each for entry in entries for each in self._assign_experts(entry)]
+        swaps = {_swaps(factors, shape) for _, factors, shape in assigned} - {None}
+        for parameter, (lora_A, lora_B), shape in assigned:
+            count, rows, _ = shape
+            rank, scaling = self._patch.config.rank(parameter), self._patch.config.scaling(parameter)
             each_A = lora_A.reshape(count, rank, lora_A.shape[1])  # expert-major
             each_B = lora_B.reshape(lora_B.shape[0], rank, count)  # expert-minor
+            swap = _swaps((lora_A, lora_B), shape)
+            if swap is None:
+                # A plain matrix, such as a router's, is always [out, in].
+                swap = count > 1 and self._swap_square_experts(parameter, swaps)
             for expert in range(count):
-                spelling, placements = self._names.place_expert(parameter, expert, lora_B.shape[0])
+                factor_A, factor_B = each_A[expert], each_B[:, :, expert]
+                if swap:
+                    factor_A, factor_B = factor_B.T, factor_A.T
+                spelling, placements = self._names.place_expert(parameter, expert, rows)
                 self._covered.add(canonical(spelling).removesuffix(".weight"))
                 for placement in placements:
-                    stacked = count > 1 or placement.expert is not None
-                    self._candidate(
-                        placement, parameter, each_A[expert], each_B[:, :, expert], scaling, None, "linear", stacked
-                    )
+                    self._candidate(placement, parameter, factor_A, factor_B, scaling, None, "settled")
 
-    def _assign_experts(self, entry: ExpertEntry) -> dict[str, tuple[Tensor, Tensor]]:
+    def _assign_experts(self, entry: ExpertEntry) -> list[tuple[str, _Factors, _Shape]]:
         """Settle which factors belong to which parameter: by shape, then by the order of the target's parameters."""
-        shapes: dict[str, tuple[int, int, int]] = {}
+        shapes: dict[str, _Shape] = {}
         for parameter in entry.parameters:
             count = self._names.count_experts(parameter)
             if count:
@@ -236,22 +247,23 @@ class _Binder:
         present = sorted(shapes, key=lambda p: order.index(p) if p in order else len(order))
         if not present:
             self.unmatched.append(entry.module)
-            return {}
+            return []
         choices = [
-            dict(zip(chosen, entry.factors, strict=True))
-            for chosen in permutations(present, len(entry.factors))
-            if all(self._fits_experts(p, f, shapes[p]) for p, f in zip(chosen, entry.factors, strict=True))
+            dict(zip(names, entry.factors, strict=True))
+            for names in permutations(present, len(entry.factors))
+            if all(self._fits_experts(p, f, shapes[p]) for p, f in zip(names, entry.factors, strict=True))
         ]
         # PEFT wraps the parameters in the order in which the module declares them, innermost first.
         declared = [c for c in choices if list(c) == sorted(c, key=present.index)]
         if len(choices) == 1 or (self._target.declared and len(declared) == 1 and all(p in order for p in present)):
-            return (choices if len(choices) == 1 else declared)[0]
-        factors = "; ".join(f"lora_A {list(a.shape)}, lora_B {list(b.shape)}" for a, b in entry.factors)
+            chosen = (choices if len(choices) == 1 else declared)[0]
+            return [(parameter, factors, shapes[parameter]) for parameter, factors in chosen.items()]
+        stored = "; ".join(f"lora_A {list(a.shape)}, lora_B {list(b.shape)}" for a, b in entry.factors)
         target = ", ".join(f"{p} {list(s)}" for p, s in shapes.items())
         what = "fit several ways to" if choices else "do not fit"
-        raise PlanError(f"{entry.module}: the factors ({factors}) {what} {target}")
+        raise PlanError(f"{entry.module}: the factors ({stored}) {what} {target}")
 
-    def _fits_experts(self, parameter: str, factors: tuple[Tensor, Tensor], shape: tuple[int, int, int]) -> bool:
+    def _fits_experts(self, parameter: str, factors: _Factors, shape: _Shape) -> bool:
         (lora_A, lora_B), (count, rows, columns) = factors, shape
         sides = (lora_B.shape[0], lora_A.shape[1])
         ranks = self._patch.config.rank(parameter) * count
@@ -270,8 +282,7 @@ class _Binder:
                 entry.value.unsqueeze(1),
                 entry.scaling,
                 None,
-                "embedding",
-                False,
+                "settled",
             )
 
     def _replace(self, entry: ReplaceEntry) -> None:
@@ -307,6 +318,22 @@ class _Binder:
                 f"model.resize_token_embeddings({len(value)}) first, or use --resize-vocab on a checkpoint"
             )
         raise PlanError(f"{entry.name} is {list(value.shape)} in the patch, but {name} is {list(tensor.shape)}{hint}")
+
+    def _check_vocabulary(self) -> None:
+        """All layers of a vocabulary grow together, or the model does not load."""
+        grown = {
+            a.name: self._target.tensors[self._target.aliases.get(a.name, a.name)] for a in self.assigns if a.resize
+        }
+        for name, old in grown.items():
+            copies = self._untie.names if self._untie else {}
+            others = {alias: self._target.tensors[stored] for alias, stored in copies.items()} | self._tensors
+            for other, tensor in others.items():
+                is_vocabulary = other not in grown and VOCABULARY_LAYERS.match(other.rpartition(".")[0])
+                if is_vocabulary and tensor.shape[0] == old.shape[0]:
+                    raise PlanError(
+                        f"{name} grows to {len(self._tensors[name])} rows, but {other}, which the patch does not hold, "
+                        f"keeps {len(old)}; call resize_token_embeddings on the model, save it, and patch that"
+                    )
 
     def _rows(self, entry: RowsEntry) -> None:
         _, placements = self._names.place(f"{entry.module}.weight", 0)
@@ -351,7 +378,6 @@ class _Binder:
         scaling: float,
         magnitude: Tensor | None,
         kind: str,
-        stacked: bool,
     ) -> None:
         stored = self._stored(placement.name)
         tensor = self._tensors[stored]
@@ -380,7 +406,7 @@ class _Binder:
         self._candidates.append(
             _Candidate(
                 placement, source, lora_A, lora_B, scaling, magnitude, axis, matrix,
-                stacked or placement.expert is not None, direct, swapped,
+                direct, swapped,
             )
         )  # fmt: skip
 
@@ -409,21 +435,26 @@ class _Binder:
 
     def _swap_square(self, candidate: _Candidate) -> bool:
         """A square matrix fits both ways: the layer's class, then its siblings, then the settings decide."""
-        siblings = [c for c in self._candidates if c.stacked == candidate.stacked and c.direct != c.swapped]
-        seen = {c.swapped for c in siblings}
-        if candidate.stacked:
-            if self._options.expert_layout is not None:
-                return self._options.expert_layout == "in_out"
-            if len(seen) == 1:
-                return seen.pop()
-            raise PlanError(
-                f"{candidate.source}: the experts' matrices are square, so [out, in] and [in, out] look the same; "
-                "say expert_layout='out_in' or 'in_out' (--expert-layout)"
-            )
+        is_stacked = candidate.placement.expert is not None
+        siblings = [c for c in self._candidates if (c.placement.expert is not None) == is_stacked]
+        seen = {c.swapped for c in siblings if c.direct != c.swapped}
+        if is_stacked:
+            return self._swap_square_experts(candidate.source, seen)
         known = self._target.transposed(candidate.placement.name)
         if known is not None:
             return known
         return True if seen == {True} else self._patch.config.fan_in_fan_out
+
+    def _swap_square_experts(self, source: str, siblings: Set[bool | None]) -> bool:
+        """Square experts fit both ways: what the user says decides, then their siblings in the same patch."""
+        if self._options.expert_layout is not None:
+            return self._options.expert_layout == "in_out"
+        if len(siblings) == 1:
+            return siblings == {True}
+        raise PlanError(
+            f"{source}: the experts' matrices are square, so [out, in] and [in, out] look the same; "
+            "say expert_layout='out_in' or 'in_out' (--expert-layout)"
+        )
 
 
 def _common_parent(names: Iterable[str]) -> str:
@@ -434,6 +465,12 @@ def _common_parent(names: Iterable[str]) -> str:
             break
         shared.append(f"{parts[0]}.")
     return "".join(shared)
+
+
+def _swaps(factors: _Factors, shape: _Shape) -> bool | None:
+    """Whether experts' factors are for the transposed matrices; None if they fit both ways."""
+    sides = (factors[1].shape[0], factors[0].shape[1])
+    return None if sides[0] == sides[1] else sides != shape[1:]
 
 
 def _hint(out: int, inner: int, shape: tuple[int, ...]) -> str:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from .errors import PlanError
 
-# What wrappers put into names at run time.
-_WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
+# What wrappers put into names at run time: anywhere, and (DistributedDataParallel's) at the front.
+_WRAPPERS = re.compile(
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 # A patch made on one class of a family fits the others: one of these may be exchanged for another.
 PREFIXES = (
@@ -31,6 +34,7 @@ RENAMES = (
     (re.compile(r"\.experts\.(\d+)\.w1(?=\.|$)"), r".experts.\1.gate_proj"),
     (re.compile(r"\.experts\.(\d+)\.w3(?=\.|$)"), r".experts.\1.up_proj"),
     (re.compile(r"\.experts\.(\d+)\.w2(?=\.|$)"), r".experts.\1.down_proj"),
+    (re.compile(r"^embed_out(?=\.|$)"), "lm_head"),
     (re.compile(r"\.LayerNorm\.gamma$"), ".LayerNorm.weight"),
     (re.compile(r"\.LayerNorm\.beta$"), ".LayerNorm.bias"),
 )
@@ -42,6 +46,11 @@ FUSIONS: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
+# Layers as large as the vocabulary, which PEFT saves whole when they were resized.
+VOCABULARY_LAYERS = re.compile(
+    r"(^|.*\.)(embed_tokens|lm_head|wte|shared|word_embeddings|embed_in|embed_out|tok_embeddings|output_embeddings)$"
+)
+
 # Stored vocabulary weights, and the names that a model ties to them and leaves out of its checkpoint.
 TIES = (
     (re.compile(r"^(.*)shared\.weight$"),
@@ -50,10 +59,15 @@ TIES = (
     (re.compile(r"^(?!language_model\.model\.)(.*)embed_tokens\.weight$"), ("lm_head.weight",)),
     (re.compile(r"^(.*)wte\.weight$"), ("lm_head.weight",)),
     (re.compile(r"^(.*)embed_in\.weight$"), ("embed_out.weight",)),
-    (re.compile(r"^(bert|electra)\.embeddings\.word_embeddings\.weight$"), ("cls.predictions.decoder.weight",)),
+    (re.compile(r"^backbone\.embeddings\.weight$"), ("lm_head.weight",)),
+    (re.compile(r"^(bert|deberta)\.embeddings\.word_embeddings\.weight$"), ("cls.predictions.decoder.weight",)),
+    (re.compile(r"^electra\.embeddings\.word_embeddings\.weight$"), ("generator_lm_head.weight",)),
+    (re.compile(r"^distilbert\.embeddings\.word_embeddings\.weight$"), ("vocab_projector.weight",)),
+    (re.compile(r"^albert\.embeddings\.word_embeddings\.weight$"), ("predictions.decoder.weight",)),
+    (re.compile(r"^model\.embeddings\.tok_embeddings\.weight$"), ("decoder.weight",)),
     (re.compile(r"^\w*roberta\.embeddings\.word_embeddings\.weight$"), ("lm_head.decoder.weight",)),
     (re.compile(r"^(?:transformer\.)?word_embeddings\.weight$"), ("lm_head.weight",)),
-    (re.compile(r"^cls\.predictions\.bias$"), ("cls.predictions.decoder.bias",)),
+    (re.compile(r"^(cls\.)?predictions\.bias$"), (r"\1predictions.decoder.bias",)),
     (re.compile(r"^lm_head\.bias$"), ("lm_head.decoder.bias",)),
 )  # fmt: skip
 
@@ -78,7 +92,7 @@ class Placement:
 @lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """One spelling for the names of old and new layouts, without what wrappers add."""
-    name = _WRAPPERS.sub("", name).removeprefix(".")
+    name = _WRAPPERS.sub("", name)
     for pattern, replacement in RENAMES:
         name = pattern.sub(replacement, name)
     return name
@@ -94,15 +108,23 @@ def split(name: str) -> tuple[str, str, str]:
     return parent + dot, leaf, attribute
 
 
-def readings(name: str) -> Iterator[tuple[str, ...]]:
-    """The modules a target's weight can stand for: itself, its fused parts, or the fused weight it is a part of."""
+def readings(name: str) -> list[tuple[set[str], set[str]]]:
+    """The modules a target's weight can stand for: itself, its fused parts, or the fused weight it is a part of.
+
+    Returns:
+        For each reading the modules, and all modules that are read in this way along with them: for ``k_proj``
+        (k_proj; q_proj, k_proj, v_proj) and (qkv_proj; qkv_proj).
+    """
     parent, leaf, _ = split(name)
-    yield (parent + leaf,)
-    if leaf in FUSIONS:
-        yield tuple(parent + part for part in FUSIONS[leaf])
-    for fused, parts in FUSIONS.items():
-        if leaf in parts:
-            yield (parent + fused,)
+    itself = {parent + leaf}
+    fusions = [({parent + part for part in parts}, parent + fused) for fused, parts in FUSIONS.items()]
+    found = [(itself, set().union(itself, *(parts for parts, _ in fusions if parts & itself)))]
+    for parts, fused in fusions:
+        if itself == {fused}:
+            found.append((parts, parts))
+        if parts & itself:
+            found.append(({fused}, {fused}))
+    return found
 
 
 class Names:
@@ -222,7 +244,7 @@ class Names:
 
 
 def _rows_of_part(parts: tuple[str, ...], leaf: str, rows: int, total: int, name: str, target: str) -> tuple[int, int]:
-    """Rows of one part of a fused weight; query rows are what key and value (of equal size) leave."""
+    """Rows of one part of a fused weight: two parts are of one size; query heads are a multiple of key and value."""
     if rows == 0:
         return 0, 0  # the caller only asks whether the weight is there
     last = rows if leaf != parts[0] or len(parts) == 2 else (total - rows) // 2
@@ -231,7 +253,8 @@ def _rows_of_part(parts: tuple[str, ...], leaf: str, rows: int, total: int, name
     for _ in parts[1:]:
         bounds.append(bounds[-1] + last)
     start, stop = bounds[parts.index(leaf)], bounds[parts.index(leaf) + 1]
-    if last <= 0 or first <= 0 or bounds[-1] != total or stop - start != rows:
+    fits = last > 0 and first > 0 and (first == last if len(parts) == 2 else first % last == 0)
+    if not fits or bounds[-1] != total or stop - start != rows:
         raise PlanError(f"{name} has {rows} rows in the patch, which does not fit into the {total} rows of {target}")
     return start, stop
 

@@ -15,13 +15,10 @@ from torch import Tensor
 from .config import CONFIG_NAME, AdapterConfig
 from .errors import PatchError, UnsupportedPatchError
 from .hub import resolve
+from .naming import VOCABULARY_LAYERS
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
-# Names that PEFT and transformers give to vocabulary layers, which PEFT saves whole when they were resized.
-_VOCABULARY_LAYERS = re.compile(
-    r"(^|.*\.)(embed_tokens|lm_head|wte|shared|word_embeddings|embed_in|embed_out|tok_embeddings|output_embeddings)$"
-)
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
@@ -248,18 +245,21 @@ def _strip_prefix(key: str) -> str:
 def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entry]:
     """Turn every key of an adapter into entries; a key that nothing explains is a PatchError."""
     groups: dict[str, dict[str, Tensor]] = {}
-    adapters: set[str] = set()
+    matches = {key: _LORA_KEY.match(_strip_prefix(key)) for key in tensors}
+    adapters = {match["adapter"] or "" for match in matches.values() if match}
+    if len(adapters) > 1:
+        raise PatchError(f"the file holds several adapters ({', '.join(sorted(adapters))}); save one at a time")
     for key, tensor in tensors.items():
-        match = _LORA_KEY.match(_strip_prefix(key))
+        match = matches[key]
         if match is None:
-            yield _explain_whole(key, tensor, config)
+            # A module that was resized and saved comes with its state before the training, which is not the patch.
+            trained = key.replace(".original_module.", ".modules_to_save.")
+            if trained == key or trained not in tensors:
+                yield _explain_whole(key, tensor, config)
             continue
-        adapters.add(match["adapter"] or "")
         part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
         if groups.setdefault(match["module"], {}).setdefault(part, tensor) is not tensor:
             raise PatchError(f"tensor {key} stands twice in the adapter")
-    if len(adapters) > 1:
-        raise PatchError(f"the file holds several adapters ({', '.join(sorted(adapters))}); save one at a time")
 
     wrappers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for wrapped, parts in groups.items():
@@ -268,6 +268,11 @@ def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entr
             depth = wrapped.count(".base_layer")
             wrappers.setdefault(module, {})[depth] = parts
         else:
+            if ".base_layer." in wrapped:
+                raise UnsupportedPatchError(
+                    f"module {wrapped} lies within a layer that has factors of its own (torch.nn.MultiheadAttention); "
+                    "PEFT adds the inner ones twice, in training and in its merge, so what they mean is not settled"
+                )
             yield from _explain_module(module, parts, config)
     for module, levels in wrappers.items():
         yield _explain_experts(module, levels, config)
@@ -280,7 +285,7 @@ def _targets_by_name(config: AdapterConfig, module: str) -> bool:
 def _explain_module(module: str, parts: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entry]:
     parts = dict(parts)
     # With ensure_weight_tying PEFT writes down the embedding only, and finds the layers tied to it in the model.
-    is_tied = config.ensure_weight_tying and _VOCABULARY_LAYERS.match(module)
+    is_tied = config.ensure_weight_tying and VOCABULARY_LAYERS.match(module)
     if not config.targets_module(module) and not is_tied:
         raise PatchError(
             f"module {module} has factors, but target_modules/exclude_modules/layers_to_transform do not cover it; "
@@ -366,7 +371,7 @@ def _explain_whole(key: str, tensor: Tensor, config: AdapterConfig) -> Entry:
         return ReplaceEntry(name, tensor, "modules_to_save")
     if leaf == "bias" and config.bias != "none":
         return ReplaceEntry(name, tensor, f"bias={config.bias}")
-    if leaf in ("weight", "bias") and (frozen or _VOCABULARY_LAYERS.match(module)):
+    if leaf in ("weight", "bias") and (frozen or VOCABULARY_LAYERS.match(module)):
         return ReplaceEntry(name, tensor, "base layer saved with the adapter" if frozen else "vocabulary layer")
     raise PatchError(
         f"tensor {key} is neither a LoRA factor nor explained by modules_to_save, bias or trainable_token_indices; "
