@@ -54,6 +54,9 @@ def lowrank_add_(
         ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
         BackendError: the backend is not available, or does not take such a weight; nothing has been written then.
     """
+    if not weights:
+        _check(weights, lora_A, lora_B, scalings, n_terms)
+        return  # without a tensor the dispatcher does not know where to go
     torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
 
 

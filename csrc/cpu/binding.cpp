@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -65,11 +66,12 @@ void lowrank_add_cpu_(const std::vector<Tensor>& tensors, const std::vector<Tens
   }
   STD_TORCH_CHECK(t == lora_A.size(), "lowrank_add_cpu_: there are more factors than n_terms says");
 
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   portllm::Job job(*isa, std::move(weights), threads);
   // Threads take blocks themselves: that also holds inside another parallel region, where torch
-  // gives the whole range to one thread.
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job.work(); });
+  // gives the whole range to one thread. One block alone is done here, without waking any.
+  torch::stable::parallel_for(0, std::min(threads, job.blocks()), 1,
+                              [&](int64_t, int64_t) { job.work(); });
 }
 
 }  // namespace

@@ -101,7 +101,7 @@ const Isa* chosen_isa() {
   return isa;
 }
 
-Job::Job(const Isa& isa, std::vector<Weight> weights, int threads) : isa_(isa) {
+Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(isa) {
   int64_t total = 0;
   for (Weight& weight : weights) {
     std::erase_if(weight.terms, [](const Term& term) { return term.rank == 0; });

@@ -58,7 +58,10 @@ const Isa* chosen_isa();
 // One job over all weights, cut into blocks that any number of threads take one after the other.
 class Job {
  public:
-  Job(const Isa& isa, std::vector<Weight> weights, int threads);
+  Job(const Isa& isa, std::vector<Weight> weights, int64_t threads);
+
+  // How many blocks there are: more threads than that have nothing to do.
+  int64_t blocks() const { return blocks_; }
 
   // Takes blocks until none is left; to be called once by each thread.
   void work();
