@@ -379,6 +379,7 @@ class _Binder:
         magnitude: Tensor | None,
         kind: str,
     ) -> None:
+        """Check a term against its place; only "linear" ones may yet turn out to be for the transposed matrix."""
         stored = self._stored(placement.name)
         tensor = self._tensors[stored]
         check_dtype(stored, tensor)
@@ -480,7 +481,7 @@ def _hint(out: int, inner: int, shape: tuple[int, ...]) -> str:
             "(a checkpoint needs the saved embedding in the patch, and --resize-vocab)"
         )
     if len(shape) > 2:
-        return "; grouped convolutions cannot be merged"
+        return "; the patch was made for another architecture, or for a grouped convolution, which cannot be merged"
     return "; the patch was made for another architecture or a pruned model"
 
 

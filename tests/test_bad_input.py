@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import gc
 import io
 import json
 import math
@@ -961,6 +962,7 @@ def interrupt_after(delay: float) -> Iterator[dict[str, bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tqdm's, if it was half made
 def test_real_interrupts_of_the_command(world: World) -> None:
     """SIGINT at random moments: the output is whole or absent, and nothing else has changed."""
     arguments = ("apply", *lively(world), "-q")
@@ -985,6 +987,7 @@ def test_real_interrupts_of_the_command(world: World) -> None:
         if code == 0:
             assert snapshot(world.path) == whole
         codes.append(code)
+    gc.collect()
     assert 130 in codes
 
 

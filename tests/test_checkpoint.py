@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import portllm
@@ -615,6 +615,30 @@ def test_it_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pyt
     assert events[at + 1 :] == [str(tmp_path)]
 
 
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("at", [1, 3])
+def test_file_systems_that_cannot_copy_in_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, at: int
+) -> None:
+    """Copying falls back to a buffer, also in the middle of a tensor, and the bytes are the same."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(checkpoint, "_COPY_BYTES", 30)
+    named, calls = tensors(), []
+    copy = os.copy_file_range
+
+    def fails(source: int, out: int, count: int, *rest: Any) -> int:
+        calls.append(count)
+        if len(calls) >= at:
+            raise OSError(code, os.strerror(code))
+        return copy(source, out, min(count, 7), *rest)  # the kernel may copy less than it was asked for
+
+    monkeypatch.setattr(os, "copy_file_range", fails)
+    adapter = write_adapter(tmp_path / "adapter")
+    apply_checkpoint(write_model(tmp_path / "model", named), adapter, tmp_path / "out")
+    assert len(calls) >= at
+    assert_same(read_model(tmp_path / "out"), live(named, adapter))
+
+
 # -- reports ---------------------------------------------------------------------------------------------------------
 
 
@@ -691,9 +715,15 @@ def test_a_large_checkpoint_needs_little_memory(tmp_path: Path) -> None:
     """600 MB through at most 200 MB: the high-water mark of a process, over what it had after its imports."""
     rows, columns = 12_500, 4096
     for shard in range(3):
-        named = {f"model.layers.{shard}.{p}.weight": torch.zeros(rows, columns, dtype=torch.bfloat16) for p in "ab"}
+        size = 2 * rows * columns
+        entry = {"dtype": "BF16", "shape": [rows, columns]}
+        header = {
+            f"model.layers.{shard}.a.weight": entry | {"data_offsets": [0, size]},
+            f"model.layers.{shard}.b.weight": entry | {"data_offsets": [size, 2 * size]},
+        }
         (tmp_path / "model").mkdir(exist_ok=True)
-        save_file(named, tmp_path / "model" / f"model-{shard}.safetensors")
+        file = tiny.write_raw(tmp_path / "model" / f"model-{shard}.safetensors", header)
+        os.truncate(file, file.stat().st_size + 2 * size)  # zeros that take no room
     names = {f"model.layers.{s}.{p}.weight": f"model-{s}.safetensors" for s in range(3) for p in "ab"}
     (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": names}))
     patched = [f"model.layers.{s}.a" for s in range(3)]

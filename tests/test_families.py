@@ -55,14 +55,16 @@ def _raw(directory: Path) -> dict[str, dict[str, bytes]]:
 
 
 @families
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_disk_gives_the_bits_of_in_memory(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "dtype, backend", [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "torch")], ids=str
+)
+def test_on_disk_gives_the_bits_of_in_memory(family: Family, dtype: torch.dtype, backend: str, tmp_path: Path) -> None:
     base = family.build().to(dtype)
     adapter = save_adapter(base, family.config(), tmp_path / "adapter")
     base.save_pretrained(tmp_path / "model", max_shard_size="10KB")
     live = copy.deepcopy(base)
-    portllm.apply(live, adapter)
-    report = portllm.apply_checkpoint(tmp_path / "model", adapter, tmp_path / "out")
+    portllm.apply(live, adapter, backend=backend)
+    report = portllm.apply_checkpoint(tmp_path / "model", adapter, tmp_path / "out", backend=backend)
     again = type(base).from_pretrained(tmp_path / "out", dtype=dtype)
     assert not changed(state(live), state(again))
 
@@ -141,21 +143,24 @@ def test_bf16_weights_are_rounded_once(
                 parameter.normal_(0, 0.05)
     model.save_pretrained(tmp_path / "adapter")
     allowed = _fp32_error(base, tmp_path / "adapter")
-    live = copy.deepcopy(base)
-    portllm.apply(live, tmp_path / "adapter")
-    ours, exact = state(live), state(peft_merged(base, tmp_path / "adapter", dtype=torch.float64))
+    ours = {}
+    for backend in ("auto", "torch"):
+        live = copy.deepcopy(base)
+        portllm.apply(live, tmp_path / "adapter", backend=backend)
+        ours[backend] = state(live)
+    exact = state(peft_merged(base, tmp_path / "adapter", dtype=torch.float64))
     wrapped: Any = peft.PeftModel.from_pretrained(
         copy.deepcopy(base), tmp_path / "adapter", autocast_adapter_dtype=factors != torch.bfloat16
     )
     peers = state(wrapped.merge_and_unload())
     names = changed(state(base), exact)
-    assert names == changed(state(base), ours)
+    assert names == changed(state(base), ours["auto"]) == changed(state(base), ours["torch"])
     figures = {}
-    for label, weights in (("portllm", ours), ("PEFT", peers)):
+    for label, weights in (("portllm", ours["auto"]), ("in plain torch", ours["torch"]), ("PEFT", peers)):
         worst = wrong = total = 0.0
         for name in names:
             error, half = (weights[name].double() - exact[name]).abs(), _half_ulp(exact[name])
-            if label == "portllm":
+            if label != "PEFT":
                 assert bool((error <= half + allowed[name]).all()), name
             worst = max(worst, float((error / (2 * half)).max()))
             wrong += float((error > half + allowed[name]).sum())

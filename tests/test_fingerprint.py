@@ -224,6 +224,25 @@ def test_stacked_and_separate_experts_have_one_fingerprint(tmp_path: Path, per_e
     assert ".2.w2" in different[0] if per_expert_patch else different[0].endswith("experts.down_proj")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_real_models_have_one_fingerprint_live_and_saved(tmp_path: Path, name: str) -> None:
+    """transformers stacks Mixtral's experts when it loads them, and takes them apart when it saves them."""
+    pytest.importorskip("transformers")
+    from .families import FAMILIES, save_adapter
+
+    family = FAMILIES[name]
+    model = family.build()
+    patch = Patch.load(save_adapter(model, family.config(), tmp_path / "adapter"))
+    model.save_pretrained(tmp_path / "model")
+    live, saved = stamped(portllm.stamp(patch, model)), stamped(portllm.stamp(patch, tmp_path / "model"))
+    assert live.weights == saved.weights
+    assert len(live.weights) == sum(len(getattr(entry, "factors", "1")) for entry in patch.entries)
+    assert check_disk(portllm.stamp(patch, model), tmp_path / "model").verdict == "base"
+    if name == "mixtral":
+        assert any("experts.0.w1" in key for key in read_model(tmp_path / "model"))
+        assert any(key.endswith("experts.gate_up_proj") for key in model.state_dict())
+
+
 def test_disk_and_memory_and_blocks_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = tensors()
     model, patch = write_model(tmp_path / "model", named), Patch.load(write_adapter(tmp_path / "adapter"))

@@ -270,6 +270,9 @@ def test_t5_shares_one_embedding_three_times(tied: str, tmp_path: Path) -> None:
     assert touched == (names if tied == "once" else {"shared.weight"})
     if tied == "once":
         assert_close(state(live), state(peft_merged(base, adapter, dtype=torch.float64)))
+    base.save_pretrained(tmp_path / MODEL)
+    portllm.apply_checkpoint(tmp_path / MODEL, adapter, tmp_path / OUT, tied=tied)
+    assert not changed(state(live), state(type(base).from_pretrained(tmp_path / OUT)))
 
 
 # -- tensors that are replaced ---------------------------------------------------------------------------------------
@@ -458,6 +461,13 @@ def test_grouped_convolutions_are_refused(tmp_path: Path) -> None:
     assert not changed(before, state(base))
 
 
+def test_convolutions_of_another_shape_or_memory_format_are_refused(tmp_path: Path) -> None:
+    adapter = save_adapter(Convolutions(), lora("square"), tmp_path / "adapter")
+    for other in (nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)):
+        with pytest.raises(PlanError, match=r"square.*(\[8, 8, 5, 5\]; the patch was made|not channels_last)"):
+            portllm.apply({"square.weight": other.weight.detach()}, adapter)
+
+
 def test_two_dora_adapters_do_not_depend_on_their_order(tmp_path: Path) -> None:
     """Each is measured against the base: together they are the sum of what each does alone."""
     base = tiny.gpt2()
@@ -627,15 +637,16 @@ def test_expert_factors_of_another_model_are_refused(tmp_path: Path) -> None:
         portllm.apply(Layers({"down_proj": (4, 4, 6)}), adapter)
 
 
-def _v4_mixtral_adapter(path: Path, *, rank: int = 4, layers: int = 2) -> Path:
+def _v4_mixtral_adapter(path: Path, *, rank: int = 4, width: int = 20) -> Path:
     """An adapter as PEFT wrote it under transformers 4, where each expert had linear layers w1, w2 and w3."""
-    sides = {"w1": (20, 32), "w3": (20, 32), "w2": (32, 20)}
+    sides = {"w1": (width, 32), "w3": (width, 32), "w2": (32, width)}
     tensors = {}
-    for layer in range(layers):
+    for layer in range(2):
         prefix = f"base_model.model.model.layers.{layer}."
-        for projection, (rows, columns) in {"q_proj": (32, 32), "v_proj": (16, 32)}.items():
-            tensors[f"{prefix}self_attn.{projection}.lora_A.weight"] = torch.randn(rank, columns)
-            tensors[f"{prefix}self_attn.{projection}.lora_B.weight"] = torch.randn(rows, rank)
+        others = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "block_sparse_moe.gate": (4, 32)}
+        for projection, (rows, columns) in others.items():
+            tensors[f"{prefix}{projection}.lora_A.weight"] = torch.randn(rank, columns)
+            tensors[f"{prefix}{projection}.lora_B.weight"] = torch.randn(rows, rank)
         for expert in range(4):
             for projection, (rows, columns) in sides.items():
                 module = f"{prefix}block_sparse_moe.experts.{expert}.{projection}"
@@ -644,7 +655,8 @@ def _v4_mixtral_adapter(path: Path, *, rank: int = 4, layers: int = 2) -> Path:
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
     settings = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj", "w1", "w2", "w3"],
+        "peft_type": "LORA", "r": rank, "lora_alpha": 10,
+        "target_modules": ["q_proj", "v_proj", "gate", "w1", "w2", "w3"],
         "peft_version": "0.11.1", "bias": "none", "task_type": "CAUSAL_LM",
     }  # fmt: skip
     (path / "adapter_config.json").write_text(json.dumps(settings))
@@ -655,9 +667,31 @@ def test_adapter_of_transformers_4_on_stacked_experts_and_on_disk(tmp_path: Path
     """PEFT converts such an adapter when it loads it: its merge is the truth here, too."""
     base = tiny.mixtral()
     live = check_adapter(base, _v4_mixtral_adapter(tmp_path / "adapter"), tmp_path)
-    assert len(changed(state(base), state(live))) == 8
+    assert len(changed(state(base), state(live))) == 10
     names = set(load_file(next((tmp_path / OUT).glob("*.safetensors"))))
     assert not any("gate_up_proj" in name for name in names)
+
+
+def test_adapter_of_transformers_4_on_square_stacks(tmp_path: Path) -> None:
+    """gate_up_proj is [32, 32], of which w1 and w3 may be rows or columns: w2 tells, or the user must."""
+    base = tiny.mixtral(intermediate_size=16)
+    adapter = _v4_mixtral_adapter(tmp_path / "adapter", width=16)
+    check_adapter(base, adapter, tmp_path)
+    edit_tensors(adapter, lambda t: {k: v for k, v in t.items() if "w2" not in k})
+    edit_config(adapter, target_modules=["q_proj", "v_proj", "gate", "w1", "w3"])
+    with pytest.raises(PlanError, match=r"w\d: the experts' matrices are square"):
+        portllm.apply(base, adapter)
+    live, other = copy.deepcopy(base), copy.deepcopy(base)
+    portllm.apply(live, adapter, expert_layout="out_in")
+    assert not changed(state(live), state(_loaded(portllm.apply_checkpoint, base, adapter, tmp_path / "again")))
+    portllm.apply(other, adapter, expert_layout="in_out")
+    assert changed(state(live), state(other))
+
+
+def _loaded(apply: Any, base: Any, adapter: Path, path: Path) -> Any:
+    base.save_pretrained(path / MODEL)
+    apply(path / MODEL, adapter, path / OUT)
+    return type(base).from_pretrained(path / OUT)
 
 
 def test_adapter_of_transformers_4_saved_again_by_peft(tmp_path: Path) -> None:
@@ -979,6 +1013,76 @@ def test_empty_and_integer_factors_are_refused(tmp_path: Path) -> None:
         edit_tensors(adapter, lambda _, change=change: {k: change(v).clone() for k, v in stored.items()})
         with pytest.raises(PatchError, match=message):
             Patch.load(adapter)
+
+
+@pytest.mark.parametrize(
+    "tensors, settings, message",
+    [
+        ({}, {}, "the adapter is empty"),
+        ({"a.q.lora_A.weight": (2, 4)}, {}, r"module a\.q: needs lora_A and lora_B, has lora_A"),
+        ({"a.q.lora_A.weight": (2, 4), "a.q.lora_B.weight": (4, 3)}, {}, r"\[4, 3\] are not of rank 2"),
+        ({"a.q.lora_A.weight": (2,), "a.q.lora_B.weight": (4, 2)}, {}, "are not of rank 2"),
+        ({"a.q.lora_A.weight": (2, 4, 3), "a.q.lora_B.weight": (4, 2, 3)}, {}, "with a 1-wide kernel"),
+        ({"a.q.lora_A.weight": (2, 4), "base_model.model.a.q.lora_A.weight": (2, 4)}, {}, "stands twice"),
+        ({"e.lora_A.weight": (6, 4), "e.lora_B.weight": (4, 5)}, {"target_parameters": ["e.w"]}, "of different rank"),
+        ({"e.lora_A.weight": (6, 4, 1), "e.lora_B.weight": (4, 6)}, {"target_parameters": ["e.w"]}, "need 2-D"),
+        (
+            {"e.base_layer.lora_A.weight": (6, 4), "e.base_layer.lora_B.weight": (4, 6)},
+            {"target_parameters": ["e.w"]},
+            r"nested parameter wrappers \[1\] have a gap",
+        ),
+        (
+            {f"e.{depth}lora_{f}.weight": (6, 6) for depth in ("", "base_layer.") for f in "AB"},
+            {"target_parameters": ["e.w"]},
+            "2 nested factors, but target_parameters name",
+        ),
+    ],
+    ids=range(10),
+)
+def test_keys_that_do_not_make_a_whole_are_refused(
+    tensors: dict[str, tuple[int, ...]], settings: dict[str, Any], message: str
+) -> None:
+    values = {key: torch.randn(shape) for key, shape in tensors.items()}
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q"], **settings}
+    with pytest.raises(PatchError, match=message):
+        Patch.from_tensors(values, config)
+
+
+def test_directories_that_are_not_adapters(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"no adapter_config\.json in it"):
+        Patch.load(tmp_path)
+    adapter = save_adapter(tiny.llama(), lora("q_proj"), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(PatchError, match="not a sound safetensors file"):
+        Patch.load(adapter)
+    torch.save([torch.zeros(2)], adapter / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(PatchError, match="not a state dict of tensors"):
+        Patch.load(adapter)
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(PatchError, match=r"neither adapter_model.safetensors nor adapter_model.bin"):
+        Patch.load(adapter)
+
+
+def test_names_of_all_kinds_that_the_target_lacks_are_told(tmp_path: Path) -> None:
+    base = tiny.mixtral()
+    config = lora(
+        "q_proj", target_parameters=EXPERTS, modules_to_save=["lm_head"], trainable_token_indices=[1], lora_alpha=1
+    )
+    adapter = save_adapter(base, config, tmp_path / "adapter")
+    kept = {name: tensor for name, tensor in state(base).items() if "self_attn" in name}
+    with pytest.raises(PlanError, match="4 names of the patch are not in the target"):
+        portllm.apply(kept, adapter)
+    plan = portllm.plan(kept, adapter, strict=False)
+    experts = {f"model.layers.{i}.mlp.experts" for i in range(2)}
+    assert set(plan.unmatched_patch) == {"lm_head.weight", "model.embed_tokens", *experts}
+    whole = portllm.plan(base, adapter)
+    assert {u.region.expert for u in whole.updates} == {None, 0, 1, 2, 3}
+    patch = Patch.load(adapter)
+    assert patch.ranks == (4,)
+    assert patch.num_parameters == sum(t.numel() for t in patch.tensors.values()) > 1000
+    assert "Patch(" in repr(patch)
 
 
 # -- settings that are not supported ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ if ops.unavailable("cpu") is None:
 if torch.cuda.is_available():
     PLACES += [("torch", "cuda"), *([("triton", "cuda")] if ops.unavailable("triton") is None else [])]
 places = pytest.mark.parametrize("backend, device", PLACES, ids=[f"{b}-{d}" for b, d in PLACES])
-quick = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+quick = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
 Term = tuple[Tensor, Tensor, float]  # lora_A [r, n], lora_B [m, r], scaling
 
@@ -245,7 +245,8 @@ def medium_precision() -> Iterator[None]:
 def test_bits_do_not_depend_on_the_matmul_precision_that_the_user_set(
     backend: str, device: str, medium_precision: None
 ) -> None:
-    case = Case((128, 256), FP32, "plain", ((64, FP32, FP32, "plain", "plain", 1.0),))
+    # Large enough that the matrix library would really use bf16, where the CPU has it.
+    case = Case((256, 256), FP32, "plain", ((512, FP32, FP32, "plain", "plain", 1.0),))
     weight, _, terms = case.make(device)
     low = weight.clone()
     update([(low, terms)], backend)
@@ -254,6 +255,46 @@ def test_bits_do_not_depend_on_the_matmul_precision_that_the_user_set(
     torch.set_float32_matmul_precision("highest")
     update([(weight, terms)], backend)
     assert torch.equal(bits(weight), bits(low))
+
+
+SETTINGS = (
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.mkldnn.fp32_precision = 'bf16'",
+    "torch.backends.fp32_precision = 'tf32'",
+)
+
+
+@pytest.mark.xfail(strict=True, reason="get_float32_matmul_precision raises once torch.backends' fp32_precision is set")
+def test_every_way_to_set_the_precision_is_overruled_and_restored() -> None:
+    """Also torch's newer switches, with which its older getter raises an error; each in a fork of its own."""
+    code = f"""
+import os, torch
+from portllm import lowrank_add_, ops
+torch.set_num_threads(1)
+w, a, b = torch.randn(256, 256), torch.randn(512, 256), torch.randn(256, 512)
+backends = [name for name in ("torch", "cpu") if ops.unavailable(name) is None]
+def update(backend):
+    copy = w.clone()
+    lowrank_add_([copy], [a], [b], [1.0], [1], backend)
+    return copy
+def state():
+    return [x.fp32_precision for x in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+expected = [update(backend) for backend in backends]
+for setting in {SETTINGS}:
+    if os.fork() == 0:
+        exec(setting)
+        before, product = state(), b @ a
+        same = all(torch.equal(update(backend), old) for backend, old in zip(backends, expected))
+        os._exit(0 if same and state() == before and torch.equal(b @ a, product) else 1)
+    if os.wait()[1]:
+        print(setting)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @places
@@ -419,17 +460,16 @@ def test_schema() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_opcheck() -> None:
-    for dtype in (BF16, FP32):
-        weight = torch.randn(6, 10).to(dtype)
-        args = (
-            [weight[:, 2:7], torch.randn(3, 2)],
-            [torch.randn(2, 5), torch.randn(1, 2), torch.randn(3, 2)],
-            [torch.randn(6, 2), torch.randn(3, 1), torch.randn(3, 3)],
-            [0.5, 1.0, 2.0],
-            [1, 2],
-        )
-        result = torch.library.opcheck(torch.ops.portllm.lowrank_add_.default, args)
-        assert set(result.values()) == {"SUCCESS"}
+    args = (
+        [torch.randn(6, 10)[:, 2:7], torch.randn(3, 2).to(BF16)],
+        [torch.randn(2, 5), torch.randn(1, 2), torch.randn(3, 2)],
+        [torch.randn(6, 2), torch.randn(3, 1), torch.randn(3, 3)],
+        [0.5, 1.0, 2.0],
+        [1, 2],
+    )
+    result = torch.library.opcheck(torch.ops.portllm.lowrank_add_.default, args)
+    assert len(result) >= 4
+    assert set(result.values()) == {"SUCCESS"}
 
 
 def test_compiled_without_a_graph_break_as_in_eager() -> None:
