@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise, permutations
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .config import FP32_MAX
 from .errors import PlanError
 from .naming import VOCABULARY_LAYERS, Names, Placement, canonical, readings
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry
@@ -183,7 +185,8 @@ class _Binder:
         config = self._patch.config
         if not self._covered or config.selects_by_kind:
             return []
-        base = _common_parent(self._covered)
+        # Cut at the first layer number: the layers beside those that were patched count as well.
+        base = re.sub(r"(^|(?<=\.))\d+\..*$", "", _common_parent(self._covered))
         missing: list[str] = []
         for name, tensor in self._tensors.items():
             spelled = canonical(name)
@@ -422,6 +425,8 @@ class _Binder:
             else:
                 rows = candidate.placement.rows or rows
             dora = candidate.magnitude is not None
+            if not abs(candidate.scaling * self._scale) <= FP32_MAX:
+                raise PlanError(f"{candidate.source}: scaling {candidate.scaling} x {self._scale} overflows fp32")
             term = Term(
                 lora_A,
                 lora_B,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .bind import ExpertLayout, Options, Tied, bind
 from .errors import CheckpointError, PlanError
-from .execute import execute
+from .execute import execute, hold_interrupts
 from .hub import resolve
 from .live import Patches, as_patches
 from .planning import Assign, Plan, Region, Update
@@ -124,14 +124,16 @@ def apply_checkpoint(
     started = time.perf_counter()
     if dtype is not None and dtype not in _FLOATS:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
+    patches = as_patches(patch, scale)
     checkpoint, made = plan_checkpoint(
-        model, patch, scale, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
+        model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
     )
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
-    _check_destination(checkpoint, destination, overwrite, sum(shard.size for shard in job.shards))
+    inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]
+    _check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
     with _whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
-        with Progress(sum(s.size for s in checkpoint.shards), enabled=progress) as bar:
+        with Progress(sum(t.size for shard in job.shards for t in shard.tensors), enabled=progress) as bar:
             job.write_shards(temporary, bar)
         if not checkpoint.path.is_file():
             job.write_side_files(temporary)
@@ -232,7 +234,7 @@ class _Job:
                 if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
                     for piece in self._patched(tensor, source.fileno(), shard.source.path):
                         _write_all(out.fileno(), piece)
-                        bar.update(piece.nbytes * (tensor.stored.stop - tensor.stored.start) // max(tensor.size, 1))
+                        bar.update(piece.nbytes)
                 else:
                     _copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar)
 
@@ -322,8 +324,8 @@ class _Job:
             relative = path.relative_to(directory)
             if any(p.startswith(".") for p in relative.parts) or not path.is_file() or path.name.endswith(_NOT_COPIED):
                 continue
-            (out / relative).parent.mkdir(parents=True, exist_ok=True)
             with _naming(out / relative):
+                (out / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / relative)
         if self._checkpoint.index is not None:
             self._write_json(out / self._checkpoint.index.name, self._new_index())
@@ -451,43 +453,58 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error.strerror or error}{fix}") from None
 
 
-def _check_destination(checkpoint: Checkpoint, out: Path, overwrite: bool, size: int) -> None:
-    if out.resolve() == checkpoint.path.resolve() or checkpoint.path.resolve() in out.resolve().parents:
-        raise CheckpointError(f"{out}: is, or lies in, the model itself; write elsewhere")
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out}: exists already; choose another name, or overwrite=True (--overwrite)")
-    parent = out.resolve().parent
-    with _naming(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
+def _check_destination(out: Path, inputs: list[Path], overwrite: bool, size: int) -> None:
+    with _naming(out):
+        place = _parent(out) / out.name
+        for path in (p.resolve() for p in inputs if p.exists()):
+            if path in (place, out.resolve()) or place in path.parents:
+                raise CheckpointError(f"{out}: is, or holds, the input {path}, which it would replace; write elsewhere")
+            if path in place.parents:
+                raise CheckpointError(f"{out}: lies in the input {path}; write elsewhere")
+        if os.path.lexists(place) and not overwrite:
+            raise CheckpointError(f"{out}: exists already; choose another name, or overwrite=True (--overwrite)")
+        free = shutil.disk_usage(next(p for p in place.parents if p.exists())).free
     if free < size:
-        raise CheckpointError(f"{parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; write elsewhere")
+        raise CheckpointError(f"{out}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; write elsewhere")
+
+
+def _parent(out: Path) -> Path:
+    """The directory that holds ``out``: where a link stands, not where it leads, since the link is replaced."""
+    return Path(os.path.abspath(out)).parent.resolve()
 
 
 @contextlib.contextmanager
 def _whole_or_absent(out: Path, overwrite: bool, *, is_file: bool) -> Iterator[Path]:
     """A temporary path beside ``out`` that takes its name at the end, or vanishes."""
-    parent = out.resolve().parent
-    temporary = parent / f".{out.name}.{os.getpid()}.partial"
+    parent = _parent(out)
+    temporary = parent / f".{out.name[:100]}.{os.getpid()}.partial"
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
     try:
-        with _naming(temporary):
+        with _naming(out):
+            parent.mkdir(parents=True, exist_ok=True)
             _delete(temporary)
             if not is_file:
                 temporary.mkdir()
         yield temporary
-        with _naming(out):
-            if not is_file:
-                for directory in {p.parent for p in temporary.rglob("*")} | {temporary}:
-                    _fsync(directory)
-            _rename(temporary, out, overwrite)
-            _fsync(parent)
+        if not is_file:
+            for directory in {p.parent for p in temporary.rglob("*")} | {temporary}:
+                _fsync(directory)
+        with hold_interrupts(deliver=False):  # from the rename on it is done, and there is nothing to take back
+            with _naming(out):
+                _rename(temporary, parent / out.name, overwrite)
+            # All data is on disk; only a power failure just now could still lose the new name.
+            with contextlib.suppress(CheckpointError):
+                _fsync(parent)
     except BaseException:
         _delete(temporary)
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise
 
 
 def _rename(temporary: Path, out: Path, overwrite: bool) -> None:
-    if not (overwrite and out.exists()):
+    if not (overwrite and os.path.lexists(out)):
         temporary.rename(out)
         return
     old = temporary.with_suffix(".old")
@@ -504,7 +521,8 @@ def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

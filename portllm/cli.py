@@ -304,11 +304,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _stamp(arguments: argparse.Namespace) -> int:
     patch = _load(arguments.patch, arguments)
     from .fingerprint import stamp
-    from .patch import _adapter_directory
+    from .patch import adapter_directory
 
     if arguments.out is None and not os.path.exists(arguments.patch):
         raise PortllmError(f"{arguments.patch}: comes from the hub; say where to write with -o OUT")
-    out = arguments.out or _adapter_directory(Path(arguments.patch))
+    out = arguments.out or adapter_directory(Path(arguments.patch))
     stamp(patch, arguments.base).save(out)
     if arguments.json:
         _print_json({"out": str(out), "base": arguments.base})

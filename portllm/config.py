@@ -42,6 +42,9 @@ _UNSUPPORTED = {
     "use_qalora": "QA-LoRA pools the inputs of a quantised base",
     "megatron_config": "Megatron shards the factors",
 }
+# Scalings are applied in fp32.
+FP32_MAX = 3.4028234663852886e38
+
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What the names of quantised models carry.
 _QUANTISED = re.compile(
@@ -253,10 +256,10 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = float(self._get(key, default, (int, float), "a number"))
-        if not math.isfinite(value):
-            raise PatchError(f"setting {key}={value!r} must be finite")
-        return value
+        value = self._get(key, default, (int, float), "a number")
+        if not _fits_fp32(value):
+            raise PatchError(f"setting {key}={value!r} must be finite in fp32")
+        return float(value)
 
     def boolean(self, key: str) -> bool:
         return bool(self._get(key, False, bool, "true or false"))
@@ -302,7 +305,7 @@ class _Reader:
             integer = isinstance(number, int) and not isinstance(number, bool) and number > 0
             if key == "rank_pattern" and not integer:
                 raise PatchError(f"setting {key}[{name!r}]={number!r} must be a positive integer")
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not _fits_fp32(number):
                 raise PatchError(f"setting {key}[{name!r}]={number!r} must be a finite number")
         return dict(value)
 
@@ -310,8 +313,13 @@ class _Reader:
 def _compile(key: str, expression: str) -> None:
     try:
         re.compile(expression)
+        re.compile(f"(.*)({expression})")  # PEFT sets it into a larger one, where global flags are an error
     except re.error as error:
         raise PatchError(f"setting {key}: {expression!r} is not a regular expression: {error}") from None
+
+
+def _fits_fp32(number: float) -> bool:
+    return abs(number) <= FP32_MAX
 
 
 def _ints(key: str, value: Any) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,13 +17,21 @@ from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
 
 def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> None:
-    """Write the plan into ``tensors`` (every name in ``plan.tensors`` must be there).
+    """``prepare`` and write at once."""
+    prepare(plan, tensors, backend=backend)()
 
-    All factors are on the weights' devices, and the backend is chosen, before the first write; an interrupt
-    that comes while weights are being written waits for the last of them, so nothing is ever half-applied.
+
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], None]:
+    """Do all that can fail, and return the call that writes the plan into ``tensors``.
+
+    Factors are brought to the weights' devices and the backend is chosen here; an interrupt that comes while
+    weights are being written waits for the last of them, so nothing is ever half-applied.
+
+    Args:
+        tensors: must have every name in ``plan.tensors``.
 
     Raises:
-        BackendError, torch.OutOfMemoryError: before the first write.
+        BackendError, torch.OutOfMemoryError: nothing has been written then.
     """
     to_device = _Mover()
     assigns = [(a, tensors[a.name].detach(), to_device(a.value, tensors[a.name].device)) for a in plan.assigns]
@@ -37,10 +44,11 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
         if not update.is_dora:
             ops.backend_for(view, backend)
     inference = any(tensors[name].is_inference() for name in plan.tensors)
-    with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
-        for assign, tensor, value in assigns:
-            _assign(assign, tensor, value)
-        if plain:
+
+    def write() -> None:
+        with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
+            for assign, tensor, value in assigns:
+                _assign(assign, tensor, value)
             ops.lowrank_add_(
                 [view for view, _ in plain],
                 [term.lora_A for _, terms in plain for term in terms],
@@ -49,8 +57,10 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
                 [len(terms) for _, terms in plain],
                 backend,
             )
-        for view, terms in dora:
-            dora_(view, terms)
+            for view, terms in dora:
+                dora_(view, terms)
+
+    return write
 
 
 def _assign(assign: Assign, tensor: Tensor, value: Tensor) -> None:
@@ -138,20 +148,23 @@ class _Mover:
 
 
 @contextmanager
-def hold_interrupts() -> Iterator[None]:
-    """Hold SIGINT back until the block is done, then deliver it (main thread only; elsewhere it cannot strike)."""
+def hold_interrupts(*, deliver: bool = True) -> Iterator[None]:
+    """Hold SIGINT back until the block is done, then deliver it, or drop it if there is nothing left to interrupt.
+
+    In the main thread only; elsewhere it cannot strike.
+    """
     elsewhere = threading.current_thread() is not threading.main_thread()
     if elsewhere or signal.getsignal(signal.SIGINT) is None:  # None: a handler that Python did not install
         yield
         return
-    caught: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if caught and callable(previous):
-            previous(*caught[0])
+        if caught and deliver:
+            signal.raise_signal(signal.SIGINT)
 
 
 def update_norms(update: Update, tensor: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .bind import ExpertLayout, Options, Target, Tied, bind
 from .errors import PlanError
-from .execute import execute
+from .execute import execute, hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
 
@@ -87,10 +88,13 @@ def apply(
     made.check_complete(strict=strict)
     for name in made.tensors:
         _check_live(name, live.tensors[live.aliases.get(name, name)])
-    if made.untie:
-        _untie(target, made.untie)
-        live = live_target(target)
-    execute(made, live.tensors, backend=backend)
+    if made.untie and not isinstance(target, nn.Module | MutableMapping):
+        raise PlanError("tied='untie' needs a mapping that can be changed")
+    clones = {alias: live.tensors[stored].detach().clone() for alias, stored in made.untie.items()}
+    write = prepare(made, {**live.tensors, **clones}, backend=backend)
+    with hold_interrupts():
+        _untie(target, made.untie, clones)
+        write()
     return Applied(target, made, backend)
 
 
@@ -132,7 +136,10 @@ def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
     for item in items:
         source, weight = item if isinstance(item, tuple) else (item, 1.0)
         loaded = source if isinstance(source, Patch) else Patch.load(source)
-        pairs.append((loaded, float(weight) * float(scale)))
+        strength = float(weight) * float(scale)
+        if not math.isfinite(strength):
+            raise PlanError(f"{loaded.name}: the strength {strength} must be finite")
+        pairs.append((loaded, strength))
     if not pairs:
         raise PlanError("no patch was given")
     return pairs
@@ -160,7 +167,7 @@ def live_target(target: Live) -> Target:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    return Target(tensors, aliases, transposed)
+    return Target(tensors, aliases, transposed, declared=isinstance(target, nn.Module))
 
 
 def _unknown(name: str) -> bool | None:
@@ -200,15 +207,12 @@ def _check_live(name: str, tensor: Tensor) -> None:
         raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")
 
 
-def _untie(target: Live, names: Mapping[str, str]) -> None:
-    """Give each tied name a tensor of its own; the stored name keeps its memory."""
-    if not isinstance(target, nn.Module):
-        if not isinstance(target, MutableMapping):
-            raise PlanError("tied='untie' needs a mapping that can be changed")
-        for alias, stored in names.items():
-            target[alias] = target[stored].detach().clone()
+def _untie(target: Live, names: Mapping[str, str], clones: Mapping[str, Tensor]) -> None:
+    """Give each tied name its clone as a tensor of its own; the stored name keeps its memory."""
+    if isinstance(target, MutableMapping):
+        target.update(clones)
+    if not isinstance(target, nn.Module) or not names:
         return
-    clones = {alias: target.get_parameter(stored).detach().clone() for alias, stored in names.items()}
     for alias, stored in names.items():
         path, _, attribute = alias.rpartition(".")
         owner, tensor = target.get_submodule(path), target.get_parameter(stored)

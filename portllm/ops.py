@@ -124,6 +124,9 @@ def _check(
             f"lowrank_add_: {len(weights)} weights and {len(n_terms)} entries of n_terms with sum {total}, "
             f"but {lengths[0]} lora_A, {lengths[1]} lora_B and {lengths[2]} scalings"
         )
+    meta = {tensor.is_meta for tensor in (*weights, *lora_A, *lora_B)}
+    if len(meta) > 1:
+        raise ValueError("lowrank_add_: some tensors are meta tensors and some are not; nothing could be computed")
     stop = 0
     for i, (weight, count) in enumerate(zip(weights, n_terms, strict=True)):
         if weight.dim() != 2 or weight.dtype not in WEIGHT_DTYPES:

@@ -122,7 +122,7 @@ class Patch:
             PatchError: not an adapter, truncated, of a wrong rank, NaN or Inf, a key that nothing explains.
             UnsupportedPatchError: another method than LoRA, or a setting that cannot be merged.
         """
-        directory = _adapter_directory(Path(resolve(path, what="patch", allow=("adapter_*", "*/adapter_*"))))
+        directory = adapter_directory(Path(resolve(path, what="patch", allow=("adapter_*", "*/adapter_*"))))
         config = AdapterConfig.load(directory / CONFIG_NAME, ignore_settings=ignore_settings)
         tensors, metadata, file = _read_tensors(directory)
         try:
@@ -150,20 +150,27 @@ class Patch:
         return cls(name, config, dict(tensors), entries, dict(metadata or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the patch as an adapter directory that PEFT and vLLM load; raises OSError."""
+        """Write the patch as an adapter directory that PEFT and vLLM load.
+
+        Each file takes its name only when it is whole. Raises OSError.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(dict(self.config.raw), indent=2, sort_keys=True) + "\n"
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
-        temporary = directory / f".{SAFETENSORS_NAME}.{os.getpid()}"
+        weights, config = (directory / f".{name}.{os.getpid()}" for name in (SAFETENSORS_NAME, CONFIG_NAME))
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", **self.metadata})
-            os.replace(temporary, directory / SAFETENSORS_NAME)
+            save_file(tensors, weights, metadata={"format": "pt", **self.metadata})
+            config.write_text(json.dumps(dict(self.config.raw), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            weights.replace(directory / SAFETENSORS_NAME)
+            config.replace(directory / CONFIG_NAME)
+        except SafetensorError as error:
+            raise OSError(f"{directory / SAFETENSORS_NAME}: cannot be written: {error}") from None
         finally:
-            temporary.unlink(missing_ok=True)
-        (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
+            weights.unlink(missing_ok=True)
+            config.unlink(missing_ok=True)
 
     def with_metadata(self, **metadata: str) -> Patch:
         """The same patch with further entries in the file's metadata."""
@@ -187,9 +194,16 @@ class Patch:
         )
 
 
-def _adapter_directory(path: Path) -> Path:
-    if path.name == CONFIG_NAME or path.name in (SAFETENSORS_NAME, BIN_NAME):
+def adapter_directory(path: Path) -> Path:
+    """The directory that holds adapter_config.json: ``path``, one below it, or that of an adapter's file.
+
+    Raises:
+        PatchError: there is none, or several.
+    """
+    if path.name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME):
         path = path.parent
+    if path.is_file():
+        raise PatchError(f"{path}: is a file; a patch is a directory with {CONFIG_NAME} and {SAFETENSORS_NAME}")
     if (path / CONFIG_NAME).is_file():
         return path
     if not path.is_dir():
@@ -319,8 +333,14 @@ def _explain_module(module: str, parts: dict[str, Tensor], config: AdapterConfig
             f"are not of rank {rank}, which {CONFIG_NAME} gives (r, rank_pattern)"
         )
     scaling = config.scaling(module)
+    embedding = names[0] == "lora_embedding_A"
+    out = lora_B.shape[0]
+    if magnitude is not None and magnitude.numel() != out:
+        raise PatchError(f"module {module}: lora_magnitude_vector {list(magnitude.shape)} must hold {out} numbers")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise PatchError(f"module {module}: lora_B.bias {list(bias.shape)} must be [{out}]")
     magnitude = None if magnitude is None else magnitude.flatten()
-    if names[0] == "lora_embedding_A":
+    if embedding:
         yield LoraEntry(module, "embedding", lora_B.T, lora_A.T, scaling, magnitude)
         return
     if lora_B.numel() != lora_B.shape[0] * rank:
@@ -357,7 +377,7 @@ def _explain_whole(key: str, tensor: Tensor, config: AdapterConfig) -> Entry:
     if leaf == "trainable_tokens_delta" or ".trainable_tokens_delta." in name:
         module = re.sub(r"\.token_adapter$", "", name.partition(".trainable_tokens_delta")[0])
         indices = config.token_indices(module)
-        if indices is None or len(indices) != tensor.shape[0] or len(set(indices)) != len(indices):
+        if tensor.dim() != 2 or indices is None or len(indices) != tensor.shape[0] or len(set(indices)) != len(indices):
             raise PatchError(
                 f"tensor {key} {list(tensor.shape)} does not fit trainable_token_indices "
                 f"({None if indices is None else len(indices)} distinct rows expected)"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import Any
 
 
 class Progress:
     """tqdm over ``total`` bytes; silent unless ``enabled``."""
 
     def __init__(self, total: int, *, enabled: bool) -> None:
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not enabled, dynamic_ncols=True)
+        self._bar: Any = None
+        if enabled:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
 
     def update(self, count: int) -> None:
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -20,15 +20,15 @@ def accumulation_dtype(weight: Tensor) -> torch.dtype:
 @contextmanager
 def ieee_matmul() -> Iterator[None]:
     """Hold fp32 matrix products to IEEE fp32, whatever the user allowed (tf32, bf16) for the model itself."""
-    previous = torch.get_float32_matmul_precision()
-    if previous == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    previous = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        for switch, precision in zip(switches, previous, strict=True):
+            switch.fp32_precision = precision
 
 
 def rows_per_block(columns: int) -> int:

@@ -169,7 +169,7 @@ def _mixed_file(path: Path, named: Mapping[str, Tensor]) -> dict[str, tuple[str,
         parts[name] = (kind, list(tensor.shape), _bytes(tensor))
     order = torch.randperm(len(parts)).tolist()
     names = [list(parts)[i] for i in order]
-    header, data = {"__metadata__": {"note": "ä\n\"q\"", "format": "pt", "empty": ""}}, b""
+    header, data = {"__metadata__": {"note": 'ä\n"q"', "format": "pt", "empty": ""}}, b""
     for name in names:
         kind, shape, content = parts[name]
         header[name] = {"shape": shape, "data_offsets": [len(data), len(data) + len(content)], "dtype": kind}
@@ -554,16 +554,15 @@ def test_an_output_inside_the_model_is_refused(tmp_path: Path, out: str) -> None
     (tmp_path / "link").symlink_to(model)
     before = snapshot(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match="is, or lies in, the model itself; write elsewhere"):
+        with pytest.raises(CheckpointError, match=r"the input .*; write elsewhere"):
             apply_checkpoint(model, adapter, tmp_path / out, overwrite=overwrite)
     assert snapshot(tmp_path) == before
     single = write_model(tmp_path / "single", shards=1) / "model.safetensors"
-    with pytest.raises(CheckpointError, match="the model itself"):
+    with pytest.raises(CheckpointError, match="the input"):
         apply_checkpoint(single, adapter, single, overwrite=True)
 
 
 @pytest.mark.parametrize("inside", ["model", "adapter"])
-@pytest.mark.xfail(strict=True, reason="overwrite=True deletes the model or the patch where they lie in the output")
 def test_an_output_that_holds_the_model_or_the_patch_is_refused(tmp_path: Path, inside: str) -> None:
     """Replacing it would delete what is being read."""
     home = tmp_path / "home"
@@ -576,7 +575,6 @@ def test_an_output_that_holds_the_model_or_the_patch_is_refused(tmp_path: Path, 
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
-@pytest.mark.xfail(strict=True, reason="the temporary lies beside what the link points to, not beside the link")
 def test_an_output_that_is_a_link_to_another_file_system(tmp_path: Path) -> None:
     named = tensors()
     model, adapter = write_model(tmp_path / "model", named), write_adapter(tmp_path / "adapter")
@@ -662,7 +660,6 @@ def test_the_report_counts(tmp_path: Path) -> None:
     assert (untied.tensors_updated, untied.tensors_copied) == (1, len(tensors(head=False)))
 
 
-@pytest.mark.xfail(strict=True, reason="headers are in the bar's total but never counted; untied copies count twice")
 @pytest.mark.parametrize(
     "options", [{}, {"dtype": torch.float64}, {"dtype": torch.float16}, {"tied": "untie"}], ids=str
 )
