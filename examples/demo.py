@@ -163,7 +163,7 @@ def run(folders: Folders, seed: int, is_quick: bool, log: Log) -> dict[str, Any]
     scores["evolved + patch (portllm, on disk)"] = score(on_disk, world)
     scores["evolved + patch (portllm, live)"] = score(live, world)
     checks = check(evolved, on_disk, live, merged_by_peft(folders), patch, world)
-    log.done("port", "port: `portllm apply` on disk, portllm.apply live, PEFT's merge to compare")
+    log.done("port", "port: `portllm apply` on disk, portllm.apply live, PEFT to compare")
 
     scores["evolved + refit"] = learn_and_save(folders.evolved, folders.refit, world, budget.patch)
     refit = portllm.Patch.load(folders.refit)

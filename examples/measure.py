@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from toy import load_model, quieten
 
@@ -89,6 +90,7 @@ def give_back_freed() -> None:
 
 def measure(way: str, model: Path, patch: Path, out: Path, runs: int) -> dict[str, float]:
     quieten()
+    torch.set_num_threads(1)
     seconds, extra = [], []
     for _ in range(runs + 1):
         run = WAYS[way](model, patch, out)

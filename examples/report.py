@@ -51,7 +51,7 @@ def _costs(costs: dict[str, dict[str, float]]) -> None:
     rows = [("", "time", "peak extra memory")]
     for way, cost in costs.items():
         rows.append((way, f"{cost['seconds'] * 1e3:.1f} ms", f"{cost['extra_bytes'] / 1e6:.1f} MB"))
-    _table("Costs: from the patch's file to patched weights; medians, a process for each way.", rows)
+    _table("Costs: from the patch's file to patched weights; one thread, medians.", rows)
     print("With 2 MB of weights these are overheads and say little of the engines.")
     print("For real sizes see benchmarks/.")
 
