@@ -195,12 +195,7 @@ class Names:
         return count
 
     def _direct(self, name: str) -> list[Placement]:
-        parent, leaf, attribute = split(name)
-        # torch.nn.MultiheadAttention keeps its three input projections in a parameter of its own.
-        for candidate in (name, f"{parent}{leaf}.in_proj{attribute.replace('.', '_')}" if attribute else name):
-            if candidate in self._index:
-                return [Placement(self._index[candidate])]
-        return []
+        return [Placement(self._index[name])] if name in self._index else []
 
     def _in_fused(self, name: str, rows: int) -> list[Placement]:
         parent, leaf, attribute = split(name)

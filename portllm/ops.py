@@ -72,8 +72,12 @@ def _dispatch(
 ) -> None:
     _check(weights, lora_A, lora_B, scalings, n_terms)
     groups: dict[str, list[int]] = {}
+    chosen: dict[tuple[torch.device, torch.dtype], str] = {}
     for index, weight in enumerate(weights):
-        groups.setdefault(backend_for(weight, backend), []).append(index)
+        kind = (weight.device, weight.dtype)
+        if kind not in chosen:
+            chosen[kind] = backend_for(weight, backend)
+        groups.setdefault(chosen[kind], []).append(index)
     launchers = {name: _launcher(name) for name in groups}
     if len(groups) == 1:
         next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
@@ -124,30 +128,29 @@ def _check(
             f"lowrank_add_: {len(weights)} weights and {len(n_terms)} entries of n_terms with sum {total}, "
             f"but {lengths[0]} lora_A, {lengths[1]} lora_B and {lengths[2]} scalings"
         )
-    meta = {tensor.is_meta for tensor in (*weights, *lora_A, *lora_B)}
-    if len(meta) > 1:
-        raise ValueError("lowrank_add_: some tensors are meta tensors and some are not; nothing could be computed")
+    if len({weight.is_meta for weight in weights}) > 1:
+        raise ValueError("lowrank_add_: some weights are meta tensors and some are not; nothing could be computed")
     stop = 0
     for i, (weight, count) in enumerate(zip(weights, n_terms, strict=True)):
-        if weight.dim() != 2 or weight.dtype not in WEIGHT_DTYPES:
+        shape, device = weight.shape, weight.device
+        if len(shape) != 2 or weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"lowrank_add_: weights[{i}] is {_describe(weight)}; it must be 2-D and floating point")
         if count < 1:
             raise ValueError(f"lowrank_add_: n_terms[{i}] is {count}; a weight needs at least one term")
         start, stop = stop, stop + count
         for t in range(start, stop):
             a, b = lora_A[t], lora_B[t]
-            fits = a.dim() == 2 and b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0] > 0
-            if not fits or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+            of_a, of_b = a.shape, b.shape
+            fits = len(of_a) == len(of_b) == 2 and of_a[0] == of_b[1] > 0
+            if not fits or of_b[0] != shape[0] or of_a[1] != shape[1]:
                 raise ValueError(
-                    f"lowrank_add_: lora_B[{t}] {tuple(b.shape)} @ lora_A[{t}] {tuple(a.shape)} "
-                    f"does not give the shape {tuple(weight.shape)} of weights[{i}]"
+                    f"lowrank_add_: lora_B[{t}] {tuple(of_b)} @ lora_A[{t}] {tuple(of_a)} "
+                    f"does not give the shape {tuple(shape)} of weights[{i}]"
                 )
             if a.dtype not in FACTOR_DTYPES or b.dtype not in FACTOR_DTYPES:
                 raise ValueError(f"lowrank_add_: term {t} is {_describe(a)}, {_describe(b)}; factors are bf16 to fp64")
-            if a.device != weight.device or b.device != weight.device:
-                raise ValueError(
-                    f"lowrank_add_: term {t} lies on {a.device} and {b.device}, weights[{i}] on {weight.device}"
-                )
+            if a.device != device or b.device != device:
+                raise ValueError(f"lowrank_add_: term {t} lies on {a.device} and {b.device}, weights[{i}] on {device}")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -147,6 +147,7 @@ class Patch:
         for key, tensor in tensors.items():
             _check_tensor(key, tensor)
         entries = tuple(_explain(dict(tensors), config))
+        _check_settings(entries, config)
         return cls(name, config, dict(tensors), entries, dict(metadata or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -290,6 +291,19 @@ def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entr
             yield from _explain_module(module, parts, config)
     for module, levels in wrappers.items():
         yield _explain_experts(module, levels, config)
+
+
+def _check_settings(entries: tuple[Entry, ...], config: AdapterConfig) -> None:
+    """A setting that promises tensors which the file does not hold: it was cut short, or is not from this training."""
+    kinds = {type(entry) for entry in entries}
+    saved = any(isinstance(entry, ReplaceEntry) for entry in entries)
+    for setting, promised, kept in (
+        ("modules_to_save", config.modules_to_save, saved),
+        ("trainable_token_indices", config.trainable_token_indices, RowsEntry in kinds),
+        ("target_parameters", config.target_parameters, ExpertEntry in kinds),
+    ):
+        if promised and not kept:
+            raise PatchError(f"{setting} is {promised!r}, but the file holds no tensor of it; save the adapter again")
 
 
 def _targets_by_name(config: AdapterConfig, module: str) -> bool:

@@ -955,6 +955,8 @@ def interrupt_after(delay: float) -> Iterator[dict[str, bool]]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tqdm's, if it was half made
 def test_real_interrupts_of_the_command(world: World) -> None:
     """SIGINT at random moments: the output is whole or absent, and nothing else has changed."""
+    if sys.gettrace() is not None and sys.version_info < (3, 12):
+        pytest.skip("CPython 3.11 spins for ever in a traced thread while a signal waits for the main thread")
     arguments = ("apply", *lively(world), "-q")
     before = snapshot(world.path)
     start = time.perf_counter()

@@ -1320,3 +1320,20 @@ def test_transformers_reads_what_was_written(tmp_path: Path) -> None:
     portllm.apply_checkpoint(tmp_path / MODEL, adapter, tmp_path / OUT)
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / OUT)
     assert not changed(state(live), state(again))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("modules_to_save", ["score"]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["experts.down_proj"]),
+    ],
+)
+def test_a_setting_without_its_tensors_is_an_error(setting: str, value: object) -> None:
+    """As when an adapter was cut short: PEFT would keep what it has at random, or the base's own."""
+    factors = {"m.q_proj.lora_A.weight": torch.randn(4, 8), "m.q_proj.lora_B.weight": torch.randn(8, 4)}
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    Patch.from_tensors(factors, config)
+    with pytest.raises(PatchError, match=f"{setting} is .* holds no tensor of it"):
+        Patch.from_tensors(factors, config | {setting: value})

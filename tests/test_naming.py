@@ -178,13 +178,6 @@ def test_a_name_as_it_stands_comes_before_other_prefixes() -> None:
         index.place("bert.q_proj.weight", 4)
 
 
-def test_input_projections_of_multihead_attention() -> None:
-    model = torch.nn.MultiheadAttention(8, 2)
-    index = Names(dict(model.named_parameters(prefix="attn")), {})
-    assert index.place("attn.weight", 24)[1] == [Placement("attn.in_proj_weight")]
-    assert index.place("attn.bias", 24)[1] == [Placement("attn.in_proj_bias")]
-
-
 def test_an_alias_is_spoken_of_under_its_own_name() -> None:
     index = Names({"model.embed_tokens.weight": torch.zeros(6, 4)}, {"lm_head.weight": "model.embed_tokens.weight"})
     assert index.place("lm_head.weight", 6)[1] == [Placement("lm_head.weight")]

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -69,9 +68,8 @@ void lowrank_add_cpu_(const std::vector<Tensor>& tensors, const std::vector<Tens
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   portllm::Job job(*isa, std::move(weights), threads);
   // Threads take blocks themselves: that also holds inside another parallel region, where torch
-  // gives the whole range to one thread. One block alone is done here, without waking any.
-  torch::stable::parallel_for(0, std::min(threads, job.blocks()), 1,
-                              [&](int64_t, int64_t) { job.work(); });
+  // gives the whole range to one thread. What one thread can do is done here, without waking any.
+  torch::stable::parallel_for(0, job.threads(), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ constexpr int64_t kBlocksPerThread = 16;
 constexpr int64_t kPassCost = 8;
 // Multiply-adds below which a block is not worth taking.
 constexpr int64_t kMinBlockCost = 1 << 20;
+// Multiply-adds, of about 0.1 ms, below which a thread costs more to start and wait for than it does.
+constexpr int64_t kMinThreadCost = 1 << 22;
 constexpr int64_t kMaxStripRows = 512;
 constexpr std::align_val_t kAlign{64};
 
@@ -114,7 +116,8 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(is
     total += cost(weight);
     weights_.push_back(std::move(weight));
   }
-  const int64_t block_cost = std::max(total / (threads * kBlocksPerThread), kMinBlockCost);
+  threads_ = std::clamp<int64_t>(total / kMinThreadCost, 1, threads);
+  const int64_t block_cost = std::max(total / (threads_ * kBlocksPerThread), kMinBlockCost);
   for (const Weight& weight : weights_) {
     const int64_t steps = total_steps(weight);
     const int64_t bytes = weight.w.dtype == DType::fp64 ? 8 : 4;

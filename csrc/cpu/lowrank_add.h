@@ -60,8 +60,8 @@ class Job {
  public:
   Job(const Isa& isa, std::vector<Weight> weights, int64_t threads);
 
-  // How many blocks there are: more threads than that have nothing to do.
-  int64_t blocks() const { return blocks_; }
+  // How many threads are worth their start, at most as many as were given.
+  int64_t threads() const { return threads_; }
 
   // Takes blocks until none is left; to be called once by each thread.
   void work();
@@ -78,6 +78,7 @@ class Job {
   std::vector<Weight> weights_;
   std::vector<Grid> grids_;
   int64_t blocks_ = 0;
+  int64_t threads_ = 1;
   int64_t scratch_bytes_ = 0;
   std::atomic<int64_t> next_{0};
 };
