@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -21,17 +19,17 @@ from torch import Tensor
 
 from .bind import ExpertLayout, Options, Tied, bind
 from .errors import CheckpointError, PlanError
-from .execute import execute, hold_interrupts
+from .execute import execute
+from .files import check_destination, copy_range, fsync, named_errors, read_exactly, whole_or_absent, write_all
 from .hub import resolve
 from .live import Patches, as_patches
 from .planning import Assign, Plan, Region, Update
 from .progress import Progress
 from .reference import rows_per_block
-from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored, read_exactly
+from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
 
 # Rows of a tensor are read, patched and written in pieces of about this many bytes.
 CHUNK_BYTES = 32 << 20
-_COPY_BYTES = 64 << 20
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Weights in other formats, and what belongs to training: stale beside the patched weights, so left behind.
 _NOT_COPIED = (
@@ -131,8 +129,8 @@ def apply_checkpoint(
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
     inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]
-    _check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
-    with _whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
+    check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
+    with whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
         with Progress(sum(t.size for shard in job.shards for t in shard.tensors), enabled=progress) as bar:
             job.write_shards(temporary, bar)
         if not checkpoint.path.is_file():
@@ -223,20 +221,21 @@ class _Job:
             for shard in self.shards:
                 path = out if self._checkpoint.path.is_file() else out / shard.name
                 self._write_shard(shard, path, bar)
-                synced.append(pool.submit(_fsync, path))
+                synced.append(pool.submit(fsync, path))
             for future in synced:
                 future.result()
 
     def _write_shard(self, shard: _OutShard, path: Path, bar: Progress) -> None:
-        with _naming(path), open(shard.source.path, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
-            _write_all(out.fileno(), memoryview(shard.header))
+        origin = shard.source.path
+        with named_errors(path), open(origin, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
+            write_all(out.fileno(), memoryview(shard.header))
             for tensor in shard.tensors:
                 if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
-                    for piece in self._patched(tensor, source.fileno(), shard.source.path):
-                        _write_all(out.fileno(), piece)
+                    for piece in self._patched(tensor, source.fileno(), origin):
+                        write_all(out.fileno(), piece)
                         bar.update(piece.nbytes)
                 else:
-                    _copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar)
+                    copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar.update)
 
     def _patched(self, tensor: _Out, source: int, path: Path) -> Iterator[memoryview]:
         """The bytes of a tensor that changes, a few rows at a time."""
@@ -252,7 +251,7 @@ class _Job:
         for start, stop in self._pieces(tensor.name, tensor.shape, dtype.itemsize):
             piece = self._scratch(stop - start, columns, dtype)
             held = max(0, min(stop, old_rows) - start)
-            with _naming(path):
+            with named_errors(path):
                 read_exactly(source, _bytes(piece[:held]), stored.start + start * columns * dtype.itemsize)
             piece = piece.to(work)
             execute(self._plan_for(tensor, start, stop), {tensor.name: piece}, backend=self._backend)
@@ -324,7 +323,7 @@ class _Job:
             relative = path.relative_to(directory)
             if any(p.startswith(".") for p in relative.parts) or not path.is_file() or path.name.endswith(_NOT_COPIED):
                 continue
-            with _naming(out / relative):
+            with named_errors(out / relative):
                 (out / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / relative)
         if self._checkpoint.index is not None:
@@ -333,10 +332,10 @@ class _Job:
         if config is not None:
             self._write_json(out / "config.json", config)
         for path in (p for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"):
-            _fsync(path)
+            fsync(path)
 
     def _write_json(self, path: Path, value: Any) -> None:
-        with _naming(path):
+        with named_errors(path):
             path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def _new_index(self) -> Any:
@@ -407,131 +406,6 @@ def _new_header(shard: Shard, tensors: list[_Out]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes with spaces
     return struct.pack("<Q", len(text)) + text
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _copy_range(source: int, out: int, start: int, stop: int, bar: Progress) -> None:
-    """Copy bytes in the kernel where it can (it may share extents), else through a buffer."""
-    in_kernel = hasattr(os, "copy_file_range")
-    while start < stop:
-        count = min(_COPY_BYTES, stop - start)
-        if in_kernel:
-            try:
-                count = os.copy_file_range(source, out, count, start)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
-                    raise
-                in_kernel = False
-                continue
-            if count == 0:
-                raise OSError("the source file ends before the tensor does")
-        else:
-            data = memoryview(bytearray(min(count, CHUNK_BYTES)))
-            count = len(data)
-            read_exactly(source, data, start)
-            _write_all(out, data)
-        start += count
-        bar.update(count)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the file and, where it is plain, the fix."""
-    try:
-        yield
-    except OSError as error:
-        fix = {
-            errno.ENOSPC: "; free some space or write elsewhere",
-            errno.EDQUOT: "; the quota is used up, write elsewhere",
-            errno.EROFS: "; write elsewhere",
-            errno.EACCES: "; choose an output that may be written",
-        }.get(error.errno or 0, "")
-        raise CheckpointError(f"{path}: {error.strerror or error}{fix}") from None
-
-
-def _check_destination(out: Path, inputs: list[Path], overwrite: bool, size: int) -> None:
-    with _naming(out):
-        place = _parent(out) / out.name
-        for path in (p.resolve() for p in inputs if p.exists()):
-            if path in (place, out.resolve()) or place in path.parents:
-                raise CheckpointError(f"{out}: is, or holds, the input {path}, which it would replace; write elsewhere")
-            if path in place.parents:
-                raise CheckpointError(f"{out}: lies in the input {path}; write elsewhere")
-        if os.path.lexists(place) and not overwrite:
-            raise CheckpointError(f"{out}: exists already; choose another name, or overwrite=True (--overwrite)")
-        free = shutil.disk_usage(next(p for p in place.parents if p.exists())).free
-    if free < size:
-        raise CheckpointError(f"{out}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; write elsewhere")
-
-
-def _parent(out: Path) -> Path:
-    """The directory that holds ``out``: where a link stands, not where it leads, since the link is replaced."""
-    return Path(os.path.abspath(out)).parent.resolve()
-
-
-@contextlib.contextmanager
-def _whole_or_absent(out: Path, overwrite: bool, *, is_file: bool) -> Iterator[Path]:
-    """A temporary path beside ``out`` that takes its name at the end, or vanishes."""
-    parent = _parent(out)
-    temporary = parent / f".{out.name[:100]}.{os.getpid()}.partial"
-    missing = [path for path in (parent, *parent.parents) if not path.exists()]
-    try:
-        with _naming(out):
-            parent.mkdir(parents=True, exist_ok=True)
-            _delete(temporary)
-            if not is_file:
-                temporary.mkdir()
-        yield temporary
-        if not is_file:
-            for directory in {p.parent for p in temporary.rglob("*")} | {temporary}:
-                _fsync(directory)
-        with hold_interrupts(deliver=False):  # from the rename on it is done, and there is nothing to take back
-            with _naming(out):
-                _rename(temporary, parent / out.name, overwrite)
-            # All data is on disk; only a power failure just now could still lose the new name.
-            with contextlib.suppress(CheckpointError):
-                _fsync(parent)
-    except BaseException:
-        _delete(temporary)
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
-def _rename(temporary: Path, out: Path, overwrite: bool) -> None:
-    if not (overwrite and os.path.lexists(out)):
-        temporary.rename(out)
-        return
-    old = temporary.with_suffix(".old")
-    out.rename(old)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    _delete(old)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    with _naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

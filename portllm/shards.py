@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .bind import Target
 from .errors import CheckpointError
+from .files import read_exactly
 from .naming import split, tied_names
 
 DTYPES = {
@@ -189,15 +190,6 @@ def read_tensor(shard: Shard, stored: Stored) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{shard.path}: cannot be read: {error}") from None
     return data.view(stored.dtype).view(stored.shape)
-
-
-def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Fill ``buffer`` from a file at ``offset``; raises OSError if the file ends before."""
-    while buffer:
-        count = os.preadv(descriptor, [buffer], offset)
-        if count == 0:
-            raise OSError("the file ends before the tensor does")
-        buffer, offset = buffer[count:], offset + count
 
 
 def _read_json(path: Path) -> dict[str, Any]:

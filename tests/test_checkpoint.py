@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import portllm
-from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, ops, reference
+from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, files, ops, reference
 from portllm.shards import Checkpoint
 
 from . import tiny
@@ -620,7 +620,7 @@ def test_file_systems_that_cannot_copy_in_the_kernel(
 ) -> None:
     """Copying falls back to a buffer, also in the middle of a tensor, and the bytes are the same."""
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 50)
-    monkeypatch.setattr(checkpoint, "_COPY_BYTES", 30)
+    monkeypatch.setattr(files, "COPY_BYTES", 30)
     named, calls = tensors(), []
     copy = os.copy_file_range
 
