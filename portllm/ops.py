@@ -60,8 +60,6 @@ def lowrank_add_(
     torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
 
 
-# Not torch.library.custom_op: its first call imports the compiler stack, a second of start-up.
-@torch.library.impl("portllm::lowrank_add_", "CompositeExplicitAutograd")
 def _dispatch(
     weights: list[Tensor],
     lora_A: list[Tensor],
@@ -94,24 +92,11 @@ def _dispatch(
         )
 
 
-@torch.library.impl("portllm::lowrank_add_", "ADInplaceOrView")
 def _bump_versions(weights: list[Tensor], *arguments: Any) -> None:
     # As for built-in in-place ops: autograd must see that the weights are no longer what it saved.
     torch.autograd.graph.increment_version(weights)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         torch.ops.portllm.lowrank_add_(weights, *arguments)
-
-
-@torch.library.register_fake("portllm::lowrank_add_")
-def _(
-    weights: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scalings: list[float],
-    n_terms: list[int],
-    backend: str = "auto",
-) -> None:
-    _check(weights, lora_A, lora_B, scalings, n_terms)
 
 
 def _check(
@@ -120,6 +105,7 @@ def _check(
     lora_B: Sequence[Tensor],
     scalings: Sequence[float],
     n_terms: Sequence[int],
+    backend: str = "auto",
 ) -> None:
     total = sum(n_terms)
     lengths = len(lora_A), len(lora_B), len(scalings)
@@ -229,3 +215,9 @@ def _triton(
     # The kernel's sums are fp32, in which an fp64 factor cannot say more than its fp32 rounding.
     narrow_A, narrow_B = ([f.float() if f.dtype == torch.float64 else f for f in fs] for fs in (lora_A, lora_B))
     kernels.lowrank_add_(weights, narrow_A, narrow_B, scalings, n_terms)
+
+
+# Not torch.library.custom_op: its first call imports the compiler stack, a second of start-up.
+torch.library.impl("portllm::lowrank_add_", "CompositeExplicitAutograd", _dispatch)
+torch.library.impl("portllm::lowrank_add_", "ADInplaceOrView", _bump_versions)
+torch.library.register_fake("portllm::lowrank_add_", _check)
