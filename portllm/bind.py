@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import FP32_MAX
+from .config import fits_fp32
 from .errors import PlanError
 from .naming import VOCABULARY_LAYERS, Names, Placement, canonical, readings
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry
@@ -217,7 +217,10 @@ class _Binder:
             )
 
     def _experts(self, entries: Iterable[ExpertEntry]) -> None:
-        assigned = [each for entry in entries for each in self._assign_experts(entry)]
+        order: dict[str, int] = {}
+        for position, name in enumerate(self._tensors):
+            order.setdefault(canonical(name), position)
+        assigned = [each for entry in entries for each in self._assign_experts(entry, order)]
         swaps = {_swaps(factors, shape) for _, factors, shape in assigned} - {None}
         for parameter, (lora_A, lora_B), shape in assigned:
             count, rows, _ = shape
@@ -237,7 +240,7 @@ class _Binder:
                 for placement in placements:
                     self._candidate(placement, parameter, factor_A, factor_B, scaling, None, "settled")
 
-    def _assign_experts(self, entry: ExpertEntry) -> list[tuple[str, _Factors, _Shape]]:
+    def _assign_experts(self, entry: ExpertEntry, order: Mapping[str, int]) -> list[tuple[str, _Factors, _Shape]]:
         """Settle which factors belong to which parameter: by shape, then by the order of the target's parameters."""
         shapes: dict[str, _Shape] = {}
         for parameter in entry.parameters:
@@ -246,8 +249,7 @@ class _Binder:
                 placements = self._names.place_expert(parameter, 0, 0)[1]
                 matrices = [self._names.shape(p.name)[-2:] for p in placements]
                 shapes[parameter] = (count, sum(m[0] for m in matrices), matrices[0][1])
-        order = [canonical(n) for n in self._tensors]
-        present = sorted(shapes, key=lambda p: order.index(p) if p in order else len(order))
+        present = sorted(shapes, key=lambda p: order.get(p, len(self._tensors)))
         if not present:
             self.unmatched.append(entry.module)
             return []
@@ -425,7 +427,7 @@ class _Binder:
             else:
                 rows = candidate.placement.rows or rows
             dora = candidate.magnitude is not None
-            if not abs(candidate.scaling * self._scale) <= FP32_MAX:
+            if not fits_fp32(candidate.scaling * self._scale):
                 raise PlanError(f"{candidate.source}: scaling {candidate.scaling} x {self._scale} overflows fp32")
             term = Term(
                 lora_A,

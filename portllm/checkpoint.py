@@ -25,12 +25,11 @@ from .hub import resolve
 from .live import Patches, as_patches
 from .planning import Assign, Plan, Region, Update
 from .progress import Progress
-from .reference import rows_per_block
+from .reference import FLOAT_DTYPES, rows_per_block
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
 
 # Rows of a tensor are read, patched and written in pieces of about this many bytes.
 CHUNK_BYTES = 32 << 20
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Weights in other formats, and what belongs to training: stale beside the patched weights, so left behind.
 _NOT_COPIED = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
@@ -120,7 +119,7 @@ def apply_checkpoint(
         After any error, and after an interrupt, ``out`` is as it was before.
     """
     started = time.perf_counter()
-    if dtype is not None and dtype not in _FLOATS:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
     patches = as_patches(patch, scale)
     checkpoint, made = plan_checkpoint(
@@ -209,7 +208,7 @@ class _Job:
         return _OutShard(shard.path.name, shard, header, tuple(tensors))
 
     def _lay_out_tensor(self, name: str, stored: Stored) -> _Out:
-        cast = self._dtype is not None and stored.dtype in _FLOATS
+        cast = self._dtype is not None and stored.dtype in FLOAT_DTYPES
         resized = next((a for a in self._assigns.get(name, ()) if a.resize), None)
         shape = stored.shape if resized is None else tuple(resized.value.shape)
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)

@@ -42,9 +42,6 @@ _UNSUPPORTED = {
     "use_qalora": "QA-LoRA pools the inputs of a quantised base",
     "megatron_config": "Megatron shards the factors",
 }
-# Scalings are applied in fp32.
-FP32_MAX = 3.4028234663852886e38
-
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What the names of quantised models carry.
 _QUANTISED = re.compile(
@@ -257,7 +254,7 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self._get(key, default, (int, float), "a number")
-        if not _fits_fp32(value):
+        if not fits_fp32(value):
             raise PatchError(f"setting {key}={value!r} must be finite in fp32")
         return float(value)
 
@@ -305,7 +302,7 @@ class _Reader:
             integer = isinstance(number, int) and not isinstance(number, bool) and number > 0
             if key == "rank_pattern" and not integer:
                 raise PatchError(f"setting {key}[{name!r}]={number!r} must be a positive integer")
-            if isinstance(number, bool) or not isinstance(number, int | float) or not _fits_fp32(number):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not fits_fp32(number):
                 raise PatchError(f"setting {key}[{name!r}]={number!r} must be a finite number")
         return dict(value)
 
@@ -318,8 +315,9 @@ def _compile(key: str, expression: str) -> None:
         raise PatchError(f"setting {key}: {expression!r} is not a regular expression: {error}") from None
 
 
-def _fits_fp32(number: float) -> bool:
-    return abs(number) <= FP32_MAX
+def fits_fp32(number: float) -> bool:
+    """Whether a scaling is finite in fp32, in which it is applied; NaN is not."""
+    return abs(number) <= 3.4028234663852886e38
 
 
 def _ints(key: str, value: Any) -> tuple[int, ...]:

@@ -41,8 +41,7 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
         view = update.region.view(tensors[update.name].detach())
         terms = tuple(_on_device(term, view.device, to_device) for term in update.terms)
         (dora if update.is_dora else plain).append((view, terms))
-        if not update.is_dora:
-            ops.backend_for(view, backend)
+    ops.backends_for([view for view, _ in plain], backend)
     inference = any(tensors[name].is_inference() for name in plan.tensors)
 
     def write() -> None:
@@ -89,9 +88,9 @@ def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
     dtype = accumulation_dtype(weight)
     with ieee_matmul():
         norms = [_column_norms(weight, term, dtype) if term.magnitude_axis == 1 else None for term in terms]
+        alone = len(terms) == 1 and terms[0].strength == 1.0
         for rows in row_blocks(*weight.shape):
-            base = weight[rows].to(dtype)
-            total: Tensor | None = None
+            total = base = weight[rows].to(dtype)
             for term, column_norm in zip(terms, norms, strict=True):
                 tuned = base + _delta(term, rows, dtype)
                 if term.magnitude is not None:
@@ -101,11 +100,8 @@ def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
                         tuned *= _ratio(magnitude[rows].unsqueeze(1), norm)
                     else:
                         tuned *= _ratio(magnitude, column_norm)
-                if len(terms) == 1 and term.strength == 1.0:
-                    total = tuned
-                else:
-                    total = (base if total is None else total) + (tuned - base) * term.strength
-            weight[rows] = total.to(weight.dtype) if total is not None else base.to(weight.dtype)
+                total = tuned if alone else total + (tuned - base) * term.strength
+            weight[rows] = total.to(weight.dtype)
 
 
 def _delta(term: Term, rows: slice, dtype: torch.dtype) -> Tensor:

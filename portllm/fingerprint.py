@@ -127,7 +127,7 @@ def check_weights(patch: Patch, plan: Plan, read: Read) -> Check:
     Args:
         patch: whose fingerprint, if it has one, is compared.
         plan: the patch alone, bound to the target.
-        read: gives the target's tensors by name; each is read once.
+        read: gives the target's tensors by name; asked again for each part and each measure (see ``cached``).
     """
     fingerprint = Fingerprint.from_patch(patch)
     results = []

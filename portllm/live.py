@@ -83,11 +83,8 @@ def apply(
         BackendError: the backend is not available.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
-    live = live_target(target)
-    made = bind(live, as_patches(patch, scale), Options(tied, expert_layout))
-    made.check_complete(strict=strict)
-    for name in made.tensors:
-        _check_live(name, live.tensors[live.aliases.get(name, name)])
+    live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
+    _check_live(made, live)
     if made.untie and not isinstance(target, nn.Module | MutableMapping):
         raise PlanError("tied='untie' needs a mapping that can be changed")
     clones = {alias: live.tensors[stored].detach().clone() for alias, stored in made.untie.items()}
@@ -105,12 +102,9 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     """
     backend = options.pop("backend", "auto")
     strict = options.pop("strict", True)
-    live = live_target(target)
-    made = bind(live, as_patches(patch, scale), Options(**options))
-    made.check_complete(strict=strict)
+    live, made = _bound(target, as_patches(patch, scale), Options(**options), strict)
     negated = made.negated()
-    for name in negated.tensors:
-        _check_live(name, live.tensors[name])
+    _check_live(negated, live)
     execute(negated, live.tensors, backend=backend)
 
 
@@ -124,9 +118,14 @@ def plan(
     expert_layout: ExpertLayout | None = None,
 ) -> Plan:
     """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    made = bind(live_target(target), as_patches(patch, scale), Options(tied, expert_layout))
+    return _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)[1]
+
+
+def _bound(target: Live, patches: list[tuple[Patch, float]], options: Options, strict: bool) -> tuple[Target, Plan]:
+    live = live_target(target)
+    made = bind(live, patches, options)
     made.check_complete(strict=strict)
-    return made
+    return live, made
 
 
 def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
@@ -175,13 +174,13 @@ def _unknown(name: str) -> bool | None:
 
 
 def _memory(tensor: Tensor) -> Any:
-    if tensor.device.type == "meta" or tensor.numel() == 0 or not _has_storage(tensor):
+    if tensor.is_meta or tensor.numel() == 0 or _is_sharded(tensor):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _has_storage(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not hasattr(tensor, "to_local")
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # DTensor, known without importing torch.distributed
 
 
 def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
@@ -195,16 +194,21 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
     return kinds.get
 
 
-def _check_live(name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "meta":
-        raise PlanError(
-            f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "
-            "or patch the checkpoint on disk with portllm.apply_checkpoint"
-        )
-    if hasattr(tensor, "to_local"):
-        raise PlanError(f"{name} is a DTensor; sharded models cannot be patched live yet, patch the checkpoint instead")
-    if 0 in tensor.stride() and tensor.numel() > 1:
-        raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")
+def _check_live(plan: Plan, live: Target) -> None:
+    """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
+    for name in plan.tensors:
+        tensor = live.tensors[live.aliases.get(name, name)]
+        if tensor.is_meta:
+            raise PlanError(
+                f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "
+                "or patch the checkpoint on disk with portllm.apply_checkpoint"
+            )
+        if _is_sharded(tensor):
+            raise PlanError(
+                f"{name} is a DTensor; sharded models cannot be patched live yet, patch the checkpoint instead"
+            )
+        if 0 in tensor.stride() and tensor.numel() > 1:
+            raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")
 
 
 def _untie(target: Live, names: Mapping[str, str], clones: Mapping[str, Tensor]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from . import _native, reference
 from .errors import BackendError
+from .reference import FLOAT_DTYPES
 
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-FACTOR_DTYPES = WEIGHT_DTYPES
 BACKENDS = ("torch", "cpu", "triton")
 
 _Launcher = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]], None]
@@ -70,12 +69,8 @@ def _dispatch(
 ) -> None:
     _check(weights, lora_A, lora_B, scalings, n_terms)
     groups: dict[str, list[int]] = {}
-    chosen: dict[tuple[torch.device, torch.dtype], str] = {}
-    for index, weight in enumerate(weights):
-        kind = (weight.device, weight.dtype)
-        if kind not in chosen:
-            chosen[kind] = backend_for(weight, backend)
-        groups.setdefault(chosen[kind], []).append(index)
+    for index, name in enumerate(backends_for(weights, backend)):
+        groups.setdefault(name, []).append(index)
     launchers = {name: _launcher(name) for name in groups}
     if len(groups) == 1:
         next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
@@ -119,7 +114,7 @@ def _check(
     stop = 0
     for i, (weight, count) in enumerate(zip(weights, n_terms, strict=True)):
         shape, device = weight.shape, weight.device
-        if len(shape) != 2 or weight.dtype not in WEIGHT_DTYPES:
+        if len(shape) != 2 or weight.dtype not in FLOAT_DTYPES:
             raise ValueError(f"lowrank_add_: weights[{i}] is {_describe(weight)}; it must be 2-D and floating point")
         if count < 1:
             raise ValueError(f"lowrank_add_: n_terms[{i}] is {count}; a weight needs at least one term")
@@ -133,7 +128,7 @@ def _check(
                     f"lowrank_add_: lora_B[{t}] {tuple(of_b)} @ lora_A[{t}] {tuple(of_a)} "
                     f"does not give the shape {tuple(shape)} of weights[{i}]"
                 )
-            if a.dtype not in FACTOR_DTYPES or b.dtype not in FACTOR_DTYPES:
+            if a.dtype not in FLOAT_DTYPES or b.dtype not in FLOAT_DTYPES:
                 raise ValueError(f"lowrank_add_: term {t} is {_describe(a)}, {_describe(b)}; factors are bf16 to fp64")
             if a.device != device or b.device != device:
                 raise ValueError(f"lowrank_add_: term {t} lies on {a.device} and {b.device}, weights[{i}] on {device}")
@@ -162,6 +157,18 @@ def backend_for(weight: Tensor, requested: str = "auto") -> str:
     if reason:
         raise BackendError(f"backend {name!r} cannot update a {_describe(weight)} on {weight.device}: {reason}")
     return name
+
+
+def backends_for(weights: Sequence[Tensor], requested: str = "auto") -> list[str]:
+    """``backend_for`` each of many weights, asked once for each device and dtype."""
+    chosen: dict[tuple[torch.device, torch.dtype], str] = {}
+    names = []
+    for weight in weights:
+        kind = (weight.device, weight.dtype)
+        if kind not in chosen:
+            chosen[kind] = backend_for(weight, requested)
+        names.append(chosen[kind])
+    return names
 
 
 def _takes(name: str, weight: Tensor) -> str | None:

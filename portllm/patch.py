@@ -16,6 +16,7 @@ from .config import CONFIG_NAME, AdapterConfig
 from .errors import PatchError, UnsupportedPatchError
 from .hub import resolve
 from .naming import VOCABULARY_LAYERS
+from .reference import FLOAT_DTYPES
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -23,7 +24,6 @@ _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
 )
-_FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str], P
 
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FACTOR_DTYPES:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise PatchError(f"tensor {key} is {tensor.dtype}; adapters are float16, bfloat16, float32 or float64")
     if tensor.numel() == 0:
         raise PatchError(f"tensor {key} is empty; was it saved under ZeRO-3 or FSDP without gathering the shards?")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import PlanError
+from .reference import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _some(names: tuple[str, ...], limit: int = 3) -> str:
 
 def check_dtype(name: str, tensor: Tensor) -> None:
     """Raise PlanError for a weight that cannot take a sum: quantised, integer, or of a type not yet supported."""
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if tensor.dtype not in FLOAT_DTYPES:
         raise PlanError(
             f"{name} is {str(tensor.dtype).removeprefix('torch.')}: quantised weights cannot be patched yet; "
             "apply the patch to the 16-bit weights and quantise the result"

@@ -12,6 +12,10 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 21
 
 
+# What weights and factors may be; all else is quantised, or no number to add to.
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def accumulation_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that products and sums are held in: fp64 for fp64 weights, else fp32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
