@@ -103,6 +103,8 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     backend = options.pop("backend", "auto")
     strict = options.pop("strict", True)
     live, made = _bound(target, as_patches(patch, scale), Options(**options), strict)
+    if made.untie:
+        raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
     negated = made.negated()
     _check_live(negated, live)
     execute(negated, live.tensors, backend=backend)

@@ -370,3 +370,14 @@ def test_plan_writes_nothing_and_says_what_apply_does(tmp_path: Path) -> None:
     assert applied.plan.describe() == plan.describe()
     assert applied.target is base
     assert changed(before, state(base)) == set(plan.tensors)
+
+
+def test_removing_what_was_never_untied_is_an_error() -> None:
+    embed = torch.randn(6, 4)
+    model = {"model.embed_tokens.weight": embed, "lm_head.weight": embed}
+    factors = {"lm_head.lora_A.weight": torch.randn(2, 4), "lm_head.lora_B.weight": torch.randn(6, 2)}
+    patch = portllm.Patch.from_tensors(factors, {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"]})
+    before = embed.clone()
+    with pytest.raises(portllm.PlanError, match=r"lm_head\.weight is still tied"):
+        portllm.remove(model, patch, tied="untie")
+    assert torch.equal(embed, before)
