@@ -96,12 +96,7 @@ struct Double {
   }
 };
 
-struct Avx2 {
-  using Single = portllm::Single;
-  using Double = portllm::Double;
-};
-
-const Isa* table() { return isa<Avx2>("avx2"); }
+const Isa* table() { return isa<Single, Double>("avx2"); }
 
 }  // namespace
 }  // namespace portllm

@@ -19,12 +19,7 @@ PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 namespace portllm {
 namespace {
 
-struct Avx512 {
-  using Single = Avx512Single;
-  using Double = Avx512Double;
-};
-
-const Isa* table() { return isa<Avx512>("avx512"); }
+const Isa* table() { return isa<Avx512Single, Avx512Double>("avx512"); }
 
 }  // namespace
 }  // namespace portllm

@@ -49,11 +49,6 @@ struct Single : Avx512Single {
   }
 };
 
-struct Avx512Bf16 {
-  using Single = portllm::Single;
-  using Double = Avx512Double;
-};
-
 // Whether the instruction rounds after each of its two products, upper half first, as Intel and AMD
 // document it: then it does what two fused multiply-adds do.
 bool dot_is_sequential() {
@@ -77,7 +72,7 @@ bool dot_is_sequential() {
   return true;
 }
 
-const Isa* table() { return isa<Avx512Bf16>("avx512_bf16"); }
+const Isa* table() { return isa<Single, Avx512Double>("avx512_bf16"); }
 
 }  // namespace
 }  // namespace portllm

@@ -49,12 +49,9 @@ struct Plain {
   }
 };
 
-struct Portable {
-  using Single = Plain<float>;
-  using Double = Plain<double>;
-};
-
 }  // namespace
 }  // namespace portllm
 
-const portllm::Isa* portllm::portable() { return isa<Portable>("portable"); }
+const portllm::Isa* portllm::portable() {
+  return portllm::isa<portllm::Plain<float>, portllm::Plain<double>>("portable");
+}

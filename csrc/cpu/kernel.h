@@ -216,24 +216,24 @@ template <class S, class E>
   }
 }
 
-// sums = s * (b * a) + sums for one tile and term. Meanwhile, row by row between the steps of k,
-// W takes the finished sums of another tile: so its update fills the gaps of the multiplication.
-template <class S, bool kPairs, class E>
-void add_term(const typename S::Real* a, const typename S::Real* b, int64_t count,
-              typename S::Real scaling, bool first, typename S::Real* sums, const Target<E>& done,
-              const typename S::Real* done_sums) {
-  Accumulators<S> d;
+// d = b * a for one tile. Meanwhile, row by row between the steps of k, W takes the finished sums of
+// another tile, which is what done(i) does for i < rows: so its update fills the gaps of the
+// multiplication.
+template <class S, bool kPairs, class Done>
+[[gnu::always_inline]] inline void multiply_tile(const typename S::Real* a,
+                                                 const typename S::Real* b, int64_t count,
+                                                 int rows, const Done& done, Accumulators<S>& d) {
 #pragma GCC unroll 16
   for (int i = 0; i < S::kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < S::kVectors; ++v) d[i][v] = S::zero();
   }
   static_assert(S::kRows <= kChunk);
-  const int both = static_cast<int>(std::min<int64_t>(done.rows, count));
+  const int both = static_cast<int>(std::min<int64_t>(rows, count));
 #pragma GCC unroll 1
   for (int i = 0; i < both; ++i, a += kCols<S>) {
     multiply<S, kPairs>(a, b + i, d);
-    update_row<S>(done.w + i * done.row_stride, done_sums + i * kCols<S>);
+    done(i);
   }
   for (int64_t k = both; k < count;) {
     const typename S::Real* chunk = b + k / kChunk * kChunk * S::kRows;
@@ -242,9 +242,19 @@ void add_term(const typename S::Real* a, const typename S::Real* b, int64_t coun
     for (; k < end; ++k, a += kCols<S>) multiply<S, kPairs>(a, chunk + k % kChunk, d);
   }
 #pragma GCC unroll 1
-  for (int i = both; i < done.rows; ++i) {
+  for (int i = both; i < rows; ++i) done(i);
+}
+
+// sums = s * (b * a) + sums for one tile and term.
+template <class S, bool kPairs, class E>
+void add_term(const typename S::Real* a, const typename S::Real* b, int64_t count,
+              typename S::Real scaling, bool first, typename S::Real* sums, const Target<E>& done,
+              const typename S::Real* done_sums) {
+  Accumulators<S> d;
+  const auto update = [&](int i) __attribute__((always_inline)) {
     update_row<S>(done.w + i * done.row_stride, done_sums + i * kCols<S>);
-  }
+  };
+  multiply_tile<S, kPairs>(a, b, count, done.rows, update, d);
   const typename S::Vec s = S::set1(scaling);
 #pragma GCC unroll 16
   for (int i = 0; i < S::kRows; ++i) {
@@ -273,6 +283,23 @@ template <class S, class E>
   }
 }
 
+// Fetches the part of W that comes up kAhead tiles after this one, in this strip of rows or the next.
+// Rows lie pages apart, which is more than the hardware's prefetcher follows.
+template <class S, class E>
+[[gnu::always_inline]] inline void fetch_ahead(const E* strip, int64_t row_stride, int64_t tile,
+                                               int64_t tiles) {
+  constexpr int kC = kCols<S>;
+  const int64_t ahead = tile + kAhead;
+  const E* next = ahead < tiles ? strip + ahead * kC
+                                : strip + S::kRows * row_stride + (ahead - tiles) * kC;
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kRows; ++i) {
+    for (size_t line = 0; line < kC; line += 64 / sizeof(E)) {
+      __builtin_prefetch(next + i * row_stride + line);
+    }
+  }
+}
+
 template <class S, class E>
 void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
                   typename S::Real* a) {
@@ -292,16 +319,7 @@ void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t co
     }
     Target<E> done{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      // Rows lie pages apart, which is more than the hardware's prefetcher follows.
-      const int64_t ahead = tile + kAhead;
-      const E* next = ahead < tiles ? at<E>(weight.w, row, col + ahead * kC)
-                                    : at<E>(weight.w, row + kR, col + (ahead - tiles) * kC);
-#pragma GCC unroll 16
-      for (int i = 0; i < kR; ++i) {
-        for (size_t line = 0; line < kC; line += 64 / sizeof(E)) {
-          __builtin_prefetch(next + i * row_stride + line);
-        }
-      }
+      fetch_ahead<S>(at<E>(weight.w, row, col), row_stride, tile, tiles);
       const Real* term_a = a;
       const Real* term_b = b;
       Real* mine = sums[tile % 2];
@@ -342,37 +360,36 @@ void pack(const Weight& weight, int64_t col, int64_t cols, typename S::Real* out
   }
 }
 
-// I gives S::Single and S::Double; fp64 weights take the latter.
-template <class I>
-int64_t isa_scratch(const Weight& weight, int64_t cols) {
-  return weight.w.dtype == DType::fp64 ? scratch_size<typename I::Double>(weight, cols)
-                                       : scratch_size<typename I::Single>(weight, cols);
+template <class S>
+int64_t exact_scratch(const Weight& weight, int64_t cols) {
+  return scratch_size<S>(weight, cols) * static_cast<int64_t>(sizeof(typename S::Real));
 }
 
-template <class I>
-void isa_pack(const Weight& weight, int64_t col, int64_t cols, void* scratch) {
-  if (weight.w.dtype == DType::fp64) {
-    pack<typename I::Double>(weight, col, cols, static_cast<double*>(scratch));
-  } else {
-    pack<typename I::Single>(weight, col, cols, static_cast<float*>(scratch));
-  }
+template <class S>
+void exact_pack(const Weight& weight, int64_t col, int64_t cols, void* scratch) {
+  pack<S>(weight, col, cols, static_cast<typename S::Real*>(scratch));
 }
 
-template <class I>
-void isa_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
-                void* scratch) {
+template <class S>
+void exact_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                  void* scratch) {
   with_type(weight.w.dtype, [&](auto e) {
     using E = decltype(e);
-    using S = std::conditional_t<std::is_same_v<E, double>, typename I::Double, typename I::Single>;
-    update_block<S, E>(weight, row, row_end, col, cols, static_cast<typename S::Real*>(scratch));
+    if constexpr (std::is_same_v<E, double> == std::is_same_v<typename S::Real, double>) {
+      update_block<S, E>(weight, row, row_end, col, cols, static_cast<typename S::Real*>(scratch));
+    }
   });
 }
 
-template <class I>
+template <class S>
+constexpr Kernel exact_kernel() {
+  return {S::kRows, kCols<S>, exact_scratch<S>, exact_pack<S>, exact_update<S>};
+}
+
+// S takes the weights up to fp32, D those in fp64.
+template <class S, class D>
 const Isa* isa(const char* name) {
-  using S = typename I::Single;
-  static const Isa table{name,           S::kRows,    kCols<S>,     S::kPairs,
-                         isa_scratch<I>, isa_pack<I>, isa_update<I>};
+  static const Isa table{name, exact_kernel<S>(), exact_kernel<D>(), S::kPairs};
   return &table;
 }
 

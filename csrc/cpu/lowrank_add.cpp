@@ -113,6 +113,7 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(is
       term.pairs = isa.pairs && weight.w.dtype != DType::fp64 &&
                    pairs(term.a, term.rank, weight.cols) && pairs(term.b, weight.rows, term.rank);
     }
+    weight.kernel = weight.w.dtype == DType::fp64 ? &isa.fp64 : &isa.single;
     total += cost(weight);
     weights_.push_back(std::move(weight));
   }
@@ -120,21 +121,22 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(is
   const int64_t block_cost = std::max(total / (threads_ * kBlocksPerThread), kMinBlockCost);
   for (const Weight& weight : weights_) {
     const int64_t steps = total_steps(weight);
+    const Kernel& kernel = *weight.kernel;
     const int64_t bytes = weight.w.dtype == DType::fp64 ? 8 : 4;
     // Columns: as many as keep the panel in L2, in panels of equal width.
-    const int64_t tiles = ceil_div(weight.cols, isa.tile_cols);
-    const int64_t fit = std::max<int64_t>(kPanelBytes / (steps * bytes * isa.tile_cols), 1);
+    const int64_t tiles = ceil_div(weight.cols, kernel.tile_cols);
+    const int64_t fit = std::max<int64_t>(kPanelBytes / (steps * bytes * kernel.tile_cols), 1);
     const int64_t panel_tiles = ceil_div(tiles, ceil_div(tiles, fit));
     Grid grid;
-    grid.panel_cols = panel_tiles * isa.tile_cols;
+    grid.panel_cols = panel_tiles * kernel.tile_cols;
     const int64_t rows = block_cost / (grid.panel_cols * (steps + kPassCost));
     grid.strip_rows =
-        ceil_div(std::clamp<int64_t>(rows, isa.tile_rows, kMaxStripRows), isa.tile_rows) *
-        isa.tile_rows;
+        ceil_div(std::clamp<int64_t>(rows, kernel.tile_rows, kMaxStripRows), kernel.tile_rows) *
+        kernel.tile_rows;
     grid.strips = ceil_div(weight.rows, grid.strip_rows);
     grid.first_block = blocks_;
     blocks_ += grid.strips * ceil_div(weight.cols, grid.panel_cols);
-    scratch_bytes_ = std::max(scratch_bytes_, isa.scratch(weight, grid.panel_cols) * bytes);
+    scratch_bytes_ = std::max(scratch_bytes_, kernel.scratch(weight, grid.panel_cols));
     grids_.push_back(grid);
   }
 }
@@ -155,12 +157,12 @@ void Job::work() {
     const int64_t col = panel * grid.panel_cols;
     const int64_t cols = std::min(grid.panel_cols, weight.cols - col);
     if (packed != block - strip) {
-      isa_.pack(weight, col, cols, scratch.get());
+      weight.kernel->pack(weight, col, cols, scratch.get());
       packed = block - strip;
     }
     const int64_t row = strip * grid.strip_rows;
-    isa_.update(weight, row, std::min(row + grid.strip_rows, weight.rows), col, cols,
-                scratch.get());
+    const int64_t row_end = std::min(row + grid.strip_rows, weight.rows);
+    weight.kernel->update(weight, row, row_end, col, cols, scratch.get());
   }
 }
 

@@ -25,11 +25,14 @@ struct Term {
   bool pairs = false;
 };
 
+struct Kernel;
+
 struct Weight {
   Matrix w;  // [rows, cols]
   int64_t rows;
   int64_t cols;
   std::vector<Term> terms;
+  const Kernel* kernel = nullptr;  // set by Job
 };
 
 // What is done to each element, in every variant and whatever the tiling, so that all give one
@@ -37,18 +40,25 @@ struct Weight {
 //   sum = 0; for t: { d = 0; for k: d = fma(B[i,k], A[k,j], d); sum = fma(s, d, sum); }
 //   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one.
 // Only fp64 factors of narrower weights are rounded, to float, before.
-struct Isa {
-  const char* name;
+//
+// A kernel is one way to do it.
+struct Kernel {
   int tile_rows;
   int tile_cols;
-  bool pairs;  // has that instruction
-  // Floats (or doubles) of scratch that `update` needs for a block of so many columns.
+  // Bytes of scratch that a block of so many columns needs.
   int64_t (*scratch)(const Weight&, int64_t cols);
   // Packs the columns [col, col + cols) of every A into scratch.
   void (*pack)(const Weight&, int64_t col, int64_t cols, void* scratch);
   // Updates rows [row, row_end) of the columns that scratch holds.
   void (*update)(const Weight&, int64_t row, int64_t row_end, int64_t col, int64_t cols,
                  void* scratch);
+};
+
+struct Isa {
+  const char* name;
+  Kernel single;
+  Kernel fp64;  // for fp64 weights
+  bool pairs;   // has the instruction that Term::pairs speaks of
 };
 
 // The fastest variant that the CPU has, or the one that PORTLLM_CPU_ISA names; null if that one
