@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*/*)
 CODE := portllm kernels tests benchmarks examples setup.py
 
-.PHONY: help demo test bench lint format types build clean
+.PHONY: help demo test sanitize bench lint format types build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,6 +21,9 @@ demo: $(VENV)/installed  ## patch a small model and check the result
 
 test: $(VENV)/installed  ## run all tests
 	$(PY) -m pytest $(ARGS)
+
+sanitize: $(VENV)/installed  ## run the op's tests under AddressSanitizer and UBSan
+	PYTHON=$(PY) .ci/sanitize
 
 bench: $(VENV)/installed  ## run the benchmarks
 	@set -e; for file in $(wildcard benchmarks/bench_*.py); do echo $$file; $(PY) $$file $(ARGS); done

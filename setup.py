@@ -6,12 +6,14 @@ serves every torch >= 2.10 and every Python: it is loaded with `torch.ops.load_l
 Environment:
     PORTLLM_SKIP_CPP_BUILD=1   build a pure package
     PORTLLM_REQUIRE_NATIVE=1   fail where the native library would be left out
+    PORTLLM_CXXFLAGS="..."     more flags for the compiler and the linker, after those of this file
 
 Without torch at build time (an isolated build), without a compiler, or if the compiler fails, the package
 is built pure, says so in one line, and works with the slower backends.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +27,10 @@ LIBRARY = "libportllm.so"  # portllm/_native.py looks for this name
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
+
+
+def more_flags() -> list[str]:
+    return shlex.split(os.environ.get("PORTLLM_CXXFLAGS", ""))
 
 
 def torch_root() -> Path | str:
@@ -107,7 +113,9 @@ setup(
                 *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
                 "-ffp-contract=off",  # which products are fused is part of the result's definition
                 "-Wno-maybe-uninitialized",  # false alarms from gcc 12's own intrinsics
+                *more_flags(),
             ],
+            extra_link_args=more_flags(),
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
