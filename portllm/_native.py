@@ -38,10 +38,12 @@ def load() -> str | None:
 def isa() -> str | None:
     """The instruction set that the CPU kernel uses in this process.
 
-    The fastest one of the CPU; the environment variable PORTLLM_CPU_ISA chooses another one at start.
+    The fastest one of the CPU; the environment variable PORTLLM_CPU_ISA chooses another one at start. All but
+    "amx_bf16" give the same bits; that one sums in another order, as precisely, and counts products below 2^-126
+    as zero.
 
     Returns:
-        "avx512_bf16", "avx512", "avx2" or "portable"; None if the library is not loaded.
+        "amx_bf16", "avx512_bf16", "avx512", "avx2" or "portable"; None if the library is not loaded.
     """
     return _chosen_isa() if load() is None else None
 

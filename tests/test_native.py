@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(_native.load() is not None, reason=str(_native.l
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HALVES_AND_SINGLE = (BF16, FP16, FP32)
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # those that give the same bits
+SAME_BITS = _native.isa() in ISAS  # not on a matrix unit (AMX), whose sums are as good but in another order
 
 Term = tuple[Tensor, Tensor, float]  # lora_A [r, n], lora_B [m, r], scaling
 
@@ -85,9 +86,11 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     assert wrong == 0, f"{wrong} of {got.numel()} elements differ"
 
 
+same_bits = pytest.mark.skipif(not SAME_BITS, reason="a matrix unit sums in another order")
 needs_80_bits = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="long double is too short here")
 
 
+@same_bits
 @needs_80_bits
 @pytest.mark.parametrize("dtype", HALVES_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("factors", [(BF16,), (FP16,), (FP32,), (FP32, BF16, FP16)], ids=str)
@@ -122,6 +125,18 @@ def test_near_the_float64_truth(rank: int, dtype: torch.dtype) -> None:
     assert ((weight.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("factors", [(FP32,), (BF16,), (FP16,), (FP64,), (FP32, BF16, FP16, FP64)], ids=str)
+@pytest.mark.parametrize("ranks", [[1], [8], [16, 16, 16, 16], [33, 7], [100], [300]], ids=str)
+def test_sums_are_as_good_as_fp32(ranks: list[int], factors: tuple[torch.dtype, ...]) -> None:
+    """Where factors are split into bf16 parts, all of the parts' products that count are there."""
+    weight = torch.randn(37, 150)
+    terms = make_terms(37, 150, ranks, factors)
+    exact = weight.double() + sum(scaling * (b.double() @ a.double()) for a, b, scaling in terms)
+    size = weight.double().abs() + sum(s * (b.double().abs() @ a.double().abs()) for a, b, s in terms)
+    update((weight, terms))
+    assert ((weight.double() - exact).abs() <= (6 + sum(ranks) ** 0.5) * 2.0**-24 * size).all()
+
+
 @pytest.mark.parametrize("dtype", [*HALVES_AND_SINGLE, FP64], ids=str)
 @pytest.mark.parametrize("factor", [*HALVES_AND_SINGLE, FP64], ids=str)
 def test_exact_sums_come_out_exactly(factor: torch.dtype, dtype: torch.dtype) -> None:
@@ -140,7 +155,10 @@ def test_layout_changes_no_bit_and_nothing_else_is_touched(layout: str, dtype: t
     plain, view = start.clone(), laid_out(start, layout)
     update((plain, terms))
     update((view, terms))
-    assert_same_bits(view, plain)
+    if SAME_BITS or layout != "transposed":
+        assert_same_bits(view, plain)
+    else:  # the transposed problem, in which A and B change places
+        torch.testing.assert_close(view, plain)
     around = view._base
     assert around is not None
     assert (around == 7).sum() >= around.numel() - view.numel()
@@ -165,7 +183,10 @@ def test_a_slice_gets_the_bits_of_the_whole(dtype: torch.dtype) -> None:
 @needs_80_bits
 @pytest.mark.parametrize("dtype", HALVES_AND_SINGLE, ids=str)
 def test_special_factors(dtype: torch.dtype) -> None:
-    """Pairs of bf16 products may go through an instruction of their own, which tiny factors must not."""
+    """Tiny and huge factors must not go through instructions that flush subnormals or split what is finite.
+
+    A matrix unit may flush products below 2^-126, each of which then counts as zero; nothing else changes there.
+    """
     a, b = torch.randn(31, 200).to(BF16), torch.randn(64, 31).to(BF16)
     cases = {
         "plain": (a, b),
@@ -187,7 +208,14 @@ def test_special_factors(dtype: torch.dtype) -> None:
                 update((got, [(*factors, 0.5)]))
                 finite = ~want.isnan()
                 assert torch.equal(got.isnan(), ~finite), name
-                assert torch.equal(bits(got[finite]), bits(want[finite])), name
+                if SAME_BITS or name in ("huge", "infinite", "nan"):
+                    assert torch.equal(bits(got[finite]), bits(want[finite])), name
+                else:
+                    exact = start.double() + 0.5 * (y.double() @ x.double())
+                    size = start.double().abs() + 0.5 * (y.double().abs() @ x.double().abs())
+                    rounding = torch.finfo(dtype).eps * (exact.abs() + torch.finfo(dtype).smallest_normal)
+                    flushed = len(x) * 2.0**-126
+                    assert ((got.double() - exact).abs() <= rounding + 2.0**-20 * size + flushed).all(), name
 
 
 @pytest.mark.parametrize("dtype", [*HALVES_AND_SINGLE, FP64], ids=str)
@@ -273,7 +301,7 @@ def digest(seed: int) -> str:
 
 def test_instruction_sets_give_the_same_bits() -> None:
     seed = torch.seed() % 2**31
-    digests = {_native.isa(): digest(seed)}
+    digests = {_native.isa(): digest(seed)} if SAME_BITS else {}
     script = (
         "import runpy, sys; module = runpy.run_path(sys.argv[1]);"
         "print(module['_native'].load() or module['digest'](int(sys.argv[2])))"

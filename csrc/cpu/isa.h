@@ -5,6 +5,7 @@
 
 namespace portllm {
 
+const Isa* amx_bf16();     // what avx512_bf16 needs, AMX_BF16, and the kernel's permission
 const Isa* avx512_bf16();  // what avx512 needs, and AVX512_BF16
 const Isa* avx512();       // F, BW, VL, DQ
 const Isa* avx2();         // AVX2, FMA, F16C

@@ -285,16 +285,15 @@ template <class S, class E>
 
 // Fetches the part of W that comes up kAhead tiles after this one, in this strip of rows or the next.
 // Rows lie pages apart, which is more than the hardware's prefetcher follows.
-template <class S, class E>
+template <int kRows, int kColumns, class E>
 [[gnu::always_inline]] inline void fetch_ahead(const E* strip, int64_t row_stride, int64_t tile,
                                                int64_t tiles) {
-  constexpr int kC = kCols<S>;
   const int64_t ahead = tile + kAhead;
-  const E* next = ahead < tiles ? strip + ahead * kC
-                                : strip + S::kRows * row_stride + (ahead - tiles) * kC;
+  const E* next = ahead < tiles ? strip + ahead * kColumns
+                                : strip + kRows * row_stride + (ahead - tiles) * kColumns;
 #pragma GCC unroll 16
-  for (int i = 0; i < S::kRows; ++i) {
-    for (size_t line = 0; line < kC; line += 64 / sizeof(E)) {
+  for (int i = 0; i < kRows; ++i) {
+    for (size_t line = 0; line < kColumns; line += 64 / sizeof(E)) {
       __builtin_prefetch(next + i * row_stride + line);
     }
   }
@@ -319,7 +318,7 @@ void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t co
     }
     Target<E> done{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      fetch_ahead<S>(at<E>(weight.w, row, col), row_stride, tile, tiles);
+      fetch_ahead<kR, kC>(at<E>(weight.w, row, col), row_stride, tile, tiles);
       const Real* term_a = a;
       const Real* term_b = b;
       Real* mine = sums[tile % 2];

@@ -1,12 +1,14 @@
 #include "cpu/lowrank_add.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <utility>
 
+#include "cpu/factors.h"
 #include "cpu/isa.h"
 
 namespace portllm {
@@ -38,42 +40,40 @@ int64_t cost(const Weight& weight) {
   return weight.rows * weight.cols * (total_steps(weight) + kPassCost);
 }
 
-// Whether the instruction for pairs of bf16 products can take this factor. It takes subnormal
-// numbers for zeros, but a factor of at least 2^-56, or 0, is a multiple of 2^-63, so that all
-// products and their sums are multiples of 2^-126: never subnormal. Factors in fp32 often are
-// copies of bf16.
-template <class Bits>
-bool fits_pairs(const Matrix& x, int64_t rows, int64_t cols) {
-  constexpr int kShift = 8 * sizeof(Bits) - 16;
-  constexpr Bits kLeast = Bits{(127 - 56) << 7} << kShift;
-  constexpr Bits kSign = Bits{0x8000} << kShift;
-  constexpr Bits kBelow = (Bits{1} << kShift) - 1;
-  const auto unfit = [](Bits bits) -> Bits {
-    return (static_cast<Bits>((bits & ~kSign) - 1) < kLeast - 1) | (bits & kBelow);
-  };
-  const bool by_row = x.col_stride == 1;
-  const int64_t outer_stride = by_row ? x.row_stride : x.col_stride;
-  const int64_t stride = by_row ? 1 : x.row_stride;
-  if (!by_row) std::swap(rows, cols);
-  for (int64_t i = 0; i < rows; ++i) {
-    const Bits* p = static_cast<const Bits*>(x.data) + i * outer_stride;
-    Bits any = 0;
-    if (stride == 1) {
-      for (int64_t j = 0; j < cols; ++j) any |= unfit(p[j]);
-    } else {
-      for (int64_t j = 0; j < cols; ++j) any |= unfit(p[j * stride]);
-    }
-    if (any) return false;
-  }
-  return true;
+bool is_power_of_two(double x) {
+  int exponent;
+  return std::abs(std::frexp(x, &exponent)) == 0.5;
 }
 
-bool pairs(const Matrix& x, int64_t rows, int64_t cols) {
-  switch (x.dtype) {
-    case DType::bf16: return fits_pairs<uint16_t>(x, rows, cols);
-    case DType::fp32: return fits_pairs<uint32_t>(x, rows, cols);
-    default: return false;
+// How many numbers of bf16 each element is the sum of.
+int parts(const Matrix& x, const Facts& facts) {
+  if (facts.bf16) return 1;
+  return x.dtype == DType::fp16 ? 2 : 3;
+}
+
+// Chooses the kernel, and sets what it needs to know of the factors.
+const Kernel* choose_kernel(const Isa& isa, Weight& weight) {
+  if (weight.w.dtype == DType::fp64) return &isa.fp64;
+  int64_t rank = 0;
+  for (const Term& term : weight.terms) rank += term.rank;
+  bool matrix = isa.matrix_rank > 0 && rank >= isa.matrix_rank;
+  if (!isa.pairs) return &isa.single;
+  for (Term& term : weight.terms) {
+    const auto can_pair = [](DType x) { return x == DType::bf16 || x == DType::fp32; };
+    const bool look = can_pair(term.a.dtype) && can_pair(term.b.dtype);
+    if (!look && !matrix) continue;
+    const Facts a = inspect(term.a, term.rank, weight.cols, !matrix);
+    if (!a.pairs && !matrix) continue;
+    const Facts b = inspect(term.b, weight.rows, term.rank, !matrix);
+    term.pairs = look && a.pairs && b.pairs;
+    term.parts_a = parts(term.a, a);
+    term.parts_b = is_power_of_two(term.scaling) ? parts(term.b, b) : 3;
+    const double size = std::abs(term.scaling);
+    matrix = matrix && a.bounded && b.bounded && size > 0x1p-40 && size < 0x1p40;
   }
+  if (!matrix) return &isa.single;
+  for (Term& term : weight.terms) term.pairs = false;
+  return &isa.matrix;
 }
 
 // The same problem for the transposed weight: W^T += sum s A^T B^T.
@@ -89,9 +89,19 @@ void transpose(Weight& weight) {
 }
 
 const Isa* choose() {
+  struct Variant {
+    const char* name;
+    const Isa* (*find)();
+  };
+  constexpr Variant kFastestFirst[] = {{"amx_bf16", amx_bf16},
+                                       {"avx512_bf16", avx512_bf16},
+                                       {"avx512", avx512},
+                                       {"avx2", avx2},
+                                       {"portable", portable}};
   const char* wanted = std::getenv("PORTLLM_CPU_ISA");
-  for (const Isa* isa : {avx512_bf16(), avx512(), avx2(), portable()}) {
-    if (isa && (!wanted || !*wanted || !std::strcmp(wanted, isa->name))) return isa;
+  for (const Variant& variant : kFastestFirst) {
+    if (wanted && *wanted && std::strcmp(wanted, variant.name)) continue;
+    if (const Isa* isa = variant.find()) return isa;
   }
   return nullptr;
 }
@@ -109,11 +119,7 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(is
     std::erase_if(weight.terms, [](const Term& term) { return term.rank == 0; });
     if (weight.rows == 0 || weight.cols == 0 || weight.terms.empty()) continue;
     if (weight.w.col_stride != 1 && weight.w.row_stride == 1) transpose(weight);
-    for (Term& term : weight.terms) {
-      term.pairs = isa.pairs && weight.w.dtype != DType::fp64 &&
-                   pairs(term.a, term.rank, weight.cols) && pairs(term.b, weight.rows, term.rank);
-    }
-    weight.kernel = weight.w.dtype == DType::fp64 ? &isa.fp64 : &isa.single;
+    weight.kernel = choose_kernel(isa, weight);
     total += cost(weight);
     weights_.push_back(std::move(weight));
   }
@@ -122,10 +128,10 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(is
   for (const Weight& weight : weights_) {
     const int64_t steps = total_steps(weight);
     const Kernel& kernel = *weight.kernel;
-    const int64_t bytes = weight.w.dtype == DType::fp64 ? 8 : 4;
     // Columns: as many as keep the panel in L2, in panels of equal width.
     const int64_t tiles = ceil_div(weight.cols, kernel.tile_cols);
-    const int64_t fit = std::max<int64_t>(kPanelBytes / (steps * bytes * kernel.tile_cols), 1);
+    const int64_t fit =
+        std::max<int64_t>(kPanelBytes / kernel.scratch(weight, kernel.tile_cols), 1);
     const int64_t panel_tiles = ceil_div(tiles, ceil_div(tiles, fit));
     Grid grid;
     grid.panel_cols = panel_tiles * kernel.tile_cols;

@@ -21,8 +21,11 @@ struct Term {
   Matrix b;  // [rows, rank]
   int64_t rank;
   double scaling;
-  // Set by Job: the instruction that adds two bf16 products at a time gives the same bits.
+  // Set by Job. Whether the instruction that adds two bf16 products at a time gives the same bits:
   bool pairs = false;
+  // How many numbers of bf16 each element of A, and of B times the scaling, is the sum of:
+  int parts_a = 3;
+  int parts_b = 3;
 };
 
 struct Kernel;
@@ -35,11 +38,13 @@ struct Weight {
   const Kernel* kernel = nullptr;  // set by Job
 };
 
-// What is done to each element, in every variant and whatever the tiling, so that all give one
-// result to the last bit (c is float, or double where W is double):
+// What is done to each element, whatever the tiling and the number of threads, in every variant but
+// that with a matrix unit, so that all of them give one result to the last bit (c is float, or double
+// where W is double):
 //   sum = 0; for t: { d = 0; for k: d = fma(B[i,k], A[k,j], d); sum = fma(s, d, sum); }
 //   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one.
-// Only fp64 factors of narrower weights are rounded, to float, before.
+// Only fp64 factors of narrower weights are rounded, to float, before. On the matrix unit the sum is
+// as good as one in fp32, in an order that the ranks and the factors' formats set (isa_amx.cpp).
 //
 // A kernel is one way to do it.
 struct Kernel {
@@ -59,6 +64,8 @@ struct Isa {
   Kernel single;
   Kernel fp64;  // for fp64 weights
   bool pairs;   // has the instruction that Term::pairs speaks of
+  Kernel matrix{};      // on a matrix unit, up to fp32
+  int matrix_rank = 0;  // from which it is faster than `single`; 0: there is none
 };
 
 // The fastest variant that the CPU has, or the one that PORTLLM_CPU_ISA names; null if that one
