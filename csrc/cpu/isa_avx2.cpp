@@ -2,6 +2,7 @@
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -104,8 +105,10 @@ const Isa* table() { return isa<Single, Double>("avx2"); }
 PORTLLM_TARGET_END
 
 const portllm::Isa* portllm::avx2() {
-  const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // clang has no name for F16C here.
+  unsigned eax, ebx, ecx, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   return here ? table() : nullptr;
 }
 

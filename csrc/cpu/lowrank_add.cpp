@@ -15,7 +15,7 @@ namespace portllm {
 namespace {
 
 // Packed A of one panel: it is read again for every tile of rows, so it must stay in L2.
-constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int64_t kPanelBytes = 320 << 10;
 // Blocks for each thread: enough to even out threads that are slowed down by others.
 constexpr int64_t kBlocksPerThread = 16;
 // A pass over an element costs about as much as this many multiply-adds of one lane.
@@ -113,7 +113,7 @@ const Isa* chosen_isa() {
   return isa;
 }
 
-Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) : isa_(isa) {
+Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) {
   int64_t total = 0;
   for (Weight& weight : weights) {
     std::erase_if(weight.terms, [](const Term& term) { return term.rank == 0; });

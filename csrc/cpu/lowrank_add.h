@@ -91,7 +91,6 @@ class Job {
     int64_t first_block;  // blocks are numbered through all weights
   };
 
-  const Isa& isa_;
   std::vector<Weight> weights_;
   std::vector<Grid> grids_;
   int64_t blocks_ = 0;
