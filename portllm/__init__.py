@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import PortllmError as PortllmError
     from .errors import UnsupportedPatchError as UnsupportedPatchError
+    from .extraction import Extraction as Extraction
+    from .extraction import extract as extract
     from .fingerprint import stamp as stamp
     from .live import Applied as Applied
     from .live import apply as apply
@@ -32,6 +34,7 @@ _HOMES = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "Extraction": "extraction",
     "Patch": "patch",
     "PatchError": "errors",
     "Plan": "planning",
@@ -40,6 +43,7 @@ _HOMES = {
     "UnsupportedPatchError": "errors",
     "apply": "live",
     "apply_checkpoint": "checkpoint",
+    "extract": "extraction",
     "lowrank_add_": "ops",
     "plan": "live",
     "remove": "live",

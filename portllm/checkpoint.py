@@ -21,7 +21,6 @@ from .bind import ExpertLayout, Options, Tied, bind
 from .errors import CheckpointError, PlanError
 from .execute import execute
 from .files import check_destination, copy_range, fsync, named_errors, read_exactly, whole_or_absent, write_all
-from .hub import resolve
 from .live import Patches, as_patches
 from .planning import Assign, Plan, Region, Update
 from .progress import Progress
@@ -35,7 +34,6 @@ _NOT_COPIED = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
     ".gguf", ".onnx", ".onnx_data", ".tflite",
 )  # fmt: skip
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def plan_checkpoint(
 ) -> tuple[Checkpoint, Plan]:
     """Open a checkpoint and bind the patch to it, reading headers only. Args and errors as ``apply_checkpoint``."""
     patches = as_patches(patch, scale)
-    checkpoint = Checkpoint.open(resolve(model, what="model", allow=MODEL_FILES))
+    checkpoint = Checkpoint.find(model)
     made = bind(checkpoint.target(), patches, Options(tied, expert_layout, resize))
     try:
         made.check_complete(strict=strict)

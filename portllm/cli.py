@@ -92,6 +92,29 @@ def _parser() -> argparse.ArgumentParser:
     _setting_argument(command)
     command.add_argument("-o", "--out", type=Path, help="another directory to write to (default: PATCH itself)")
 
+    command = _command(commands, "extract", _extract, "make a patch of what a tuned model has over its base")
+    command.add_argument("base", metavar="BASE", help="safetensors checkpoint: directory, file or hub id")
+    command.add_argument("tuned", metavar="TUNED", help="the same, after fine-tuning or merging")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="PATCH", help="adapter directory to write")
+    size = command.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="the rank of every weight")
+    size.add_argument("--energy", type=float, help="share of each difference's squared norm to keep, e.g. 0.95")
+    size.add_argument("--budget", type=int, help="numbers in the factors, spent where they keep the most")
+    command.add_argument("--max-rank", type=int, default=128, help="bound for --energy and --budget (128)")
+    command.add_argument("--target-modules", nargs="+", metavar="NAME", help="ends of module names (all-linear)")
+    command.add_argument(
+        "--rest", choices=("error", "ignore", "save"), default="error", help="changed embeddings, norms and biases"
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the factors"
+    )
+    command.add_argument("--device", default="cpu", help="where to compute")
+    command.add_argument("--no-stamp", action="store_true", help="leave out the base's fingerprint")
+    command.add_argument("--work", type=Path, metavar="DIR", help="keep finished weights here, and go on from them")
+    command.add_argument("--overwrite", action="store_true", help="replace PATCH if it exists")
+    command.add_argument("--all", action="store_true", help="a line for each weight, not for each kind")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
     _command(commands, "info", _info, "versions, and which backends can be used here, or why not")
     return parser
 
@@ -314,6 +337,65 @@ def _stamp(arguments: argparse.Namespace) -> int:
         _print_json({"out": str(out), "base": arguments.base})
     else:
         print(f"{out}: fingerprint of {arguments.base} kept")
+    return 0
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .extraction import extract
+    from .files import check_destination, whole_or_absent
+
+    inputs = [Path(arguments.base), Path(arguments.tuned)]
+    check_destination(arguments.out, inputs, arguments.overwrite, 0)
+    result = extract(
+        arguments.base,
+        arguments.tuned,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        budget=arguments.budget,
+        max_rank=arguments.max_rank,
+        target_modules=arguments.target_modules or "all-linear",
+        rest=arguments.rest,
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        stamp=not arguments.no_stamp,
+        work=arguments.work,
+        progress=not (arguments.quiet or arguments.json),
+    )
+    with whole_or_absent(arguments.out, arguments.overwrite, is_file=False) as directory:
+        result.patch.save(directory)
+    if arguments.json:
+        _print_json(
+            {
+                "out": str(arguments.out),
+                "parameters": result.patch.num_parameters,
+                "weights": [vars(w) for w in result.weights],
+                "unchanged": result.unchanged,
+                "saved": result.saved,
+                "ignored": result.ignored,
+            }
+        )
+        return 0
+    rows = [("weights", "count", "rank", "|D|/|W| median", "left out: median", "max")]
+    for kind, group in _groups(result.weights, lambda w: w.name, arguments.all).items():
+        sizes, errors = sorted(w.relative_size for w in group), sorted(w.relative_error for w in group)
+        rows.append(
+            (
+                kind,
+                str(len(group)),
+                ",".join(map(str, sorted({w.rank for w in group}))),
+                f"{sizes[len(sizes) // 2]:.2%}",
+                f"{errors[len(errors) // 2]:.2%}",
+                f"{errors[-1]:.2%}",
+            )
+        )
+    _print_table(rows)
+    for what, names in (("the same in both", result.unchanged), ("kept whole", result.saved)):
+        if names:
+            print(f"{what}: {len(names)} tensors")
+    _print_warnings([f"changed, but not in the patch: {name}" for name in result.ignored])
+    print(f"{arguments.out}: {result.patch.num_parameters:,} numbers")
     return 0
 
 

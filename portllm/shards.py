@@ -18,6 +18,7 @@ from torch import Tensor
 from .bind import Target
 from .errors import CheckpointError
 from .files import read_exactly
+from .hub import resolve
 from .naming import split, tied_names
 
 DTYPES = {
@@ -33,6 +34,8 @@ _HAS_VOCABULARY_HEAD = re.compile(
     r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|Seq2Seq|EncoderModel|^T5"
 )
 _CONVERT = "convert it first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+# What to download of a model that is named by its hub id.
+_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py")
 # What is read from config.json, and must not be of another type.
 _CONFIG_TYPES = {"architectures": list, "model_type": str, "text_config": dict, "tie_word_embeddings": bool}
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt"}
@@ -110,6 +113,11 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: Path | None
     config: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, model: str | os.PathLike[str]) -> Checkpoint:
+        """``open`` what a user named: a path, or a hub id, which is downloaded; raises PortllmError."""
+        return cls.open(resolve(model, what="model", allow=_MODEL_FILES))
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
