@@ -41,21 +41,18 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
         view = update.region.view(tensors[update.name].detach())
         terms = tuple(_on_device(term, view.device, to_device) for term in update.terms)
         (dora if update.is_dora else plain).append((view, terms))
-    ops.backends_for([view for view, _ in plain], backend)
+    weights = [view for view, _ in plain]
+    added = [term for _, terms in plain for term in terms]
+    lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
+    scalings, n_terms = [term.scaling for term in added], [len(terms) for _, terms in plain]
+    ops.backends_for(weights, backend)
     inference = any(tensors[name].is_inference() for name in plan.tensors)
 
     def write() -> None:
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
             for assign, tensor, value in assigns:
                 _assign(assign, tensor, value)
-            ops.lowrank_add_(
-                [view for view, _ in plain],
-                [term.lora_A for _, terms in plain for term in terms],
-                [term.lora_B for _, terms in plain for term in terms],
-                [term.scaling for _, terms in plain for term in terms],
-                [len(terms) for _, terms in plain],
-                backend,
-            )
+            ops.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
             for view, terms in dora:
                 dora_(view, terms)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _native, reference
 from .errors import BackendError
@@ -54,44 +55,56 @@ def lowrank_add_(
         BackendError: the backend is not available, or does not take such a weight; nothing has been written then.
     """
     if not weights:
-        _check(weights, lora_A, lora_B, scalings, n_terms)
-        return  # without a tensor the dispatcher does not know where to go
-    torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
+        _check(weights, lora_A, lora_B, scalings, n_terms)  # without a tensor the dispatcher does not know where to go
+    elif _watched(weights, lora_A, lora_B) or weights[0].is_meta:
+        torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
+    else:  # each step of the dispatcher copies the lists, which costs more than updating a small weight
+        _bump_versions(_dispatch, weights, lora_A, lora_B, scalings, n_terms, backend)
+
+
+def _watched(*lists: Sequence[Tensor]) -> bool:
+    """Whether anything must see the op before a kernel does: a compiler, a tracer, a mode or a tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+        return True
+    # A tracer, functorch and each mode of the dispatcher add a key of theirs; these two mean nothing.
+    keys = torch._C._dispatch_tls_local_include_set()
+    keys = keys.remove(torch._C.DispatchKey.BackendSelect).remove(torch._C.DispatchKey.ADInplaceOrView)
+    return keys.raw_repr() != 0 or not {type(t) for tensors in lists for t in tensors} <= {Tensor, Parameter}
+
+
+def _bump_versions(call: Callable[..., None], weights: Sequence[Tensor], *arguments: Any) -> None:
+    # As for built-in in-place ops: autograd must see that the weights are no longer what it saved.
+    torch.autograd.graph.increment_version(weights)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        call(weights, *arguments)
 
 
 def _dispatch(
-    weights: list[Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scalings: list[float],
-    n_terms: list[int],
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_terms: Sequence[int],
     backend: str = "auto",
 ) -> None:
-    _check(weights, lora_A, lora_B, scalings, n_terms)
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(backends_for(weights, backend)):
-        groups.setdefault(name, []).append(index)
-    launchers = {name: _launcher(name) for name in groups}
-    if len(groups) == 1:
+    chosen = backends_for(weights, backend)
+    launchers = {name: _launcher(name) for name in chosen.values()}
+    if launchers.keys() != {"cpu"}:  # the compiled library checks for itself
+        _check(weights, lora_A, lora_B, scalings, n_terms)
+    if len(launchers) == 1:
         next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
         return
     starts = [0, *accumulate(n_terms)]
-    for name, indices in groups.items():
+    for name, launch in launchers.items():
+        indices = [i for i, weight in enumerate(weights) if chosen[weight.device, weight.dtype] == name]
         terms = [t for i in indices for t in range(starts[i], starts[i + 1])]
-        launchers[name](
+        launch(
             [weights[i] for i in indices],
             [lora_A[t] for t in terms],
             [lora_B[t] for t in terms],
             [scalings[t] for t in terms],
             [n_terms[i] for i in indices],
         )
-
-
-def _bump_versions(weights: list[Tensor], *arguments: Any) -> None:
-    # As for built-in in-place ops: autograd must see that the weights are no longer what it saved.
-    torch.autograd.graph.increment_version(weights)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        torch.ops.portllm.lowrank_add_(weights, *arguments)
 
 
 def _check(
@@ -159,16 +172,10 @@ def backend_for(weight: Tensor, requested: str = "auto") -> str:
     return name
 
 
-def backends_for(weights: Sequence[Tensor], requested: str = "auto") -> list[str]:
-    """``backend_for`` each of many weights, asked once for each device and dtype."""
-    chosen: dict[tuple[torch.device, torch.dtype], str] = {}
-    names = []
-    for weight in weights:
-        kind = (weight.device, weight.dtype)
-        if kind not in chosen:
-            chosen[kind] = backend_for(weight, requested)
-        names.append(chosen[kind])
-    return names
+def backends_for(weights: Sequence[Tensor], requested: str = "auto") -> dict[tuple[torch.device, torch.dtype], str]:
+    """``backend_for`` weights of each device and dtype, which is all that it depends on."""
+    kinds = {(weight.device, weight.dtype): weight for weight in weights}
+    return {kind: backend_for(weight, requested) for kind, weight in kinds.items()}
 
 
 def _takes(name: str, weight: Tensor) -> str | None:
@@ -203,11 +210,20 @@ def unavailable(name: str) -> str | None:
 
 def _launcher(name: str) -> _Launcher:
     if name == "cpu":
-        op: Any = torch.ops.portllm.lowrank_add_cpu_
-        return op
+        return _cpu
     if name == "triton":
         return _triton
     return reference.lowrank_add_
+
+
+def _cpu(*arguments: Any) -> None:
+    try:
+        torch.ops.portllm.lowrank_add_cpu_(*arguments)
+        return
+    except RuntimeError as error:
+        refusal = error
+    _check(*arguments)  # the library refuses the same calls, before the first write, but in fewer words
+    raise refusal
 
 
 def _triton(
@@ -226,5 +242,5 @@ def _triton(
 
 # Not torch.library.custom_op: its first call imports the compiler stack, a second of start-up.
 torch.library.impl("portllm::lowrank_add_", "CompositeExplicitAutograd", _dispatch)
-torch.library.impl("portllm::lowrank_add_", "ADInplaceOrView", _bump_versions)
+torch.library.impl("portllm::lowrank_add_", "ADInplaceOrView", partial(_bump_versions, torch.ops.portllm.lowrank_add_))
 torch.library.register_fake("portllm::lowrank_add_", _check)

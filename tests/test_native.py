@@ -325,7 +325,9 @@ def test_sizes_of_zero() -> None:
     before = weight.clone()
     update((torch.empty(0, 4), [(torch.randn(2, 4), torch.empty(0, 2), 1.0)]))
     update((torch.empty(3, 0), [(torch.empty(2, 0), torch.randn(3, 2), 1.0)]))
-    update((weight, []), (weight, [(torch.empty(0, 4), torch.empty(3, 0), 1.0)]))
+    for terms in ([], [(torch.empty(0, 4), torch.empty(3, 0), 1.0)]):
+        with pytest.raises(RuntimeError):  # nothing to add: refused, as by the public call
+            update((weight, terms))
     assert_same_bits(weight, before)
 
 
@@ -349,11 +351,12 @@ def test_what_does_not_fit_is_refused_before_the_first_write() -> None:
 
 
 def test_one_call_updates_many_weights() -> None:
+    """Also small ones, which share a block of the work, around a large one, which is cut into several."""
     jobs = []
     for i in range(25):
-        m, n = 1 + 13 * (i % 7), 1 + 29 * (i % 6)
+        m, n = (900, 1100) if i == 12 else (1 + 13 * (i % 7), 1 + 29 * (i % 6))
         weight = torch.randn(m, n).to((BF16, FP16, FP32, FP64)[i % 4])
-        jobs.append((weight, make_terms(m, n, [1 + i] * (i % 3), [FP32])))
+        jobs.append((weight, make_terms(m, n, [1 + i] * (1 + i % 3), [FP32])))
     alone = [(weight.clone(), terms) for weight, terms in jobs]
     update(*jobs)
     for job in alone:

@@ -496,7 +496,58 @@ def test_fake_tensors_are_checked_but_not_computed() -> None:
         with pytest.raises(ValueError, match="does not give the shape"):
             lowrank_add_([weight], [b], [a], [1.0], [1])
     meta = torch.empty(4, 5, device="meta")
-    lowrank_add_([meta], [torch.empty(2, 5, device="meta")], [torch.empty(4, 2, device="meta")], [1.0], [1])
+    lowrank_add_([meta], [torch.empty(2, 5, device="meta")], [torch.empty(4, 2, device="meta")], [1.0], [1], "cpu")
+
+
+def test_modes_and_subclasses_see_the_op() -> None:
+    """The short way past the dispatcher is only for calls that nothing watches."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    def watched(cls: type, name: str) -> type:
+        def handler(self: object, func: Callable, types: object, args: tuple, kwargs: dict | None = None) -> object:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+        return type("Watch", (cls,), {name: handler})
+
+    class Subclass(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Callable, types: object, args: tuple = (), kwargs: object = None) -> object:
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    weight, a, b = torch.zeros(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+    terms = [(a, b, 0.5)]
+    for mode in (watched(TorchDispatchMode, "__torch_dispatch__"), watched(TorchFunctionMode, "__torch_function__")):
+        with mode():
+            update([(weight, terms)])
+        assert "portllm.lowrank_add_" in seen.pop(0)
+        seen.clear()
+    update([(weight.as_subclass(Subclass), terms)])
+    update([(weight, [(a, b.as_subclass(Subclass), 0.5)])])
+    assert ["portllm.lowrank_add_" in name for name in seen] == [True, True]
+    update([(weight, terms)])
+    assert len(seen) == 2
+    assert weight.tolist() == [[5.0] * 4] * 3
+    assert weight._version == 5
+
+
+def test_traced_as_one_op() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    a, b = torch.ones(2, 4), torch.ones(3, 2)
+
+    def step(weight: Tensor) -> Tensor:
+        result = weight * 2
+        update([(result, [(a, b, 0.5)])])
+        return result
+
+    graph = make_fx(step)(torch.ones(3, 4))
+    assert "portllm.lowrank_add_" in graph.code
+    assert graph(torch.zeros(3, 4)).tolist() == [[1.0] * 4] * 3
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -2,9 +2,10 @@
 //   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -12,58 +13,125 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// How many weights a thread reads at least.
+constexpr int64_t kGrain = 1024;
 
-portllm::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return portllm::DType::bf16;
-    case ScalarType::Half: return portllm::DType::fp16;
-    case ScalarType::Float: return portllm::DType::fp32;
-    case ScalarType::Double: return portllm::DType::fp64;
-    default: STD_TORCH_CHECK(false, "lowrank_add_cpu_: tensors must be bf16, fp16, fp32 or fp64");
+// An argument that is a list, owned. Its elements are read where they lie: std::vector<Tensor>
+// would allocate for each of them, which costs as much as updating a small weight.
+class List {
+ public:
+  explicit List(StableIValue list) : handle_(torch::stable::detail::to<StableListHandle>(list)) {
+    TORCH_ERROR_CODE_CHECK(torch_list_size(handle_, &size_));
   }
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+  ~List() { torch_delete_list(handle_); }
+
+  size_t size() const { return size_; }
+
+  template <class T>
+  T get(size_t index) const {
+    StableIValue element{};
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle_, index, &element));
+    return torch::stable::detail::to<T>(element);
+  }
+
+ private:
+  StableListHandle handle_;
+  size_t size_ = 0;
+};
+
+struct Tensors : List {
+  using List::List;
+  ~Tensors() {
+    for (size_t i = 0; i < size(); ++i) aoti_torch_delete_tensor_object(get<AtenTensorHandle>(i));
+  }
+};
+
+std::optional<portllm::DType> dtype_of(AtenTensorHandle tensor) {
+  using portllm::DType;
+  static const std::pair<int32_t, DType> codes[] = {{aoti_torch_dtype_bfloat16(), DType::bf16},
+                                                    {aoti_torch_dtype_float16(), DType::fp16},
+                                                    {aoti_torch_dtype_float32(), DType::fp32},
+                                                    {aoti_torch_dtype_float64(), DType::fp64}};
+  int32_t wanted = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &wanted));
+  for (const auto& [code, dtype] : codes) {
+    if (code == wanted) return dtype;
+  }
+  return std::nullopt;
 }
 
-// The tensor as a matrix of the given shape; a bound of -1 takes any size.
-portllm::Matrix matrix(const Tensor& tensor, const char* name, size_t index, int64_t rows,
-                       int64_t cols, bool written = false) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2, "lowrank_add_cpu_: ", name, "[", index,
-                  "] must be a 2-D tensor on the CPU");
-  STD_TORCH_CHECK((rows < 0 || tensor.size(0) == rows) && (cols < 0 || tensor.size(1) == cols),
-                  "lowrank_add_cpu_: ", name, "[", index, "] is [", tensor.size(0), ", ",
-                  tensor.size(1), "], which does not fit its weight");
-  // The mutable pointer ends the sharing of a lazy copy.
-  void* data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-  return {data, dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
+struct Operand {
+  portllm::Matrix matrix;
+  int64_t rows;
+  int64_t cols;
+};
+
+// The tensor as a matrix; nothing if it is none that the kernel takes.
+std::optional<Operand> read(AtenTensorHandle tensor, bool written = false) {
+  int64_t dim = 0;
+  int32_t device = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  const auto dtype = dtype_of(tensor);
+  if (dim != 2 || device != aoti_torch_device_type_cpu() || !dtype) return std::nullopt;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  void* data = nullptr;
+  if (written) {  // this pointer ends the sharing of a lazy copy
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
+  } else {
+    const void* shared = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &shared));
+    data = const_cast<void*>(shared);
+  }
+  return Operand{{data, *dtype, strides[0], strides[1]}, sizes[0], sizes[1]};
 }
 
-void lowrank_add_cpu_(const std::vector<Tensor>& tensors, const std::vector<Tensor>& lora_A,
-                      const std::vector<Tensor>& lora_B, const std::vector<double>& scalings,
-                      const std::vector<int64_t>& n_terms) {
+// Refuses, before the first write, all that `_check` in portllm/ops.py does, which then says why.
+void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensors tensors(stack[0]), lora_A(stack[1]), lora_B(stack[2]);
+  const List scalings(stack[3]), n_terms(stack[4]);
+  const auto count = static_cast<int64_t>(tensors.size());
+  const auto total = static_cast<int64_t>(lora_A.size());
+
   const portllm::Isa* isa = portllm::chosen_isa();
   STD_TORCH_CHECK(isa, "lowrank_add_cpu_: PORTLLM_CPU_ISA names a variant this CPU does not have");
   STD_TORCH_CHECK(n_terms.size() == tensors.size() && lora_B.size() == lora_A.size() &&
                       scalings.size() == lora_A.size(),
                   "lowrank_add_cpu_: the lists do not have fitting lengths");
-  std::vector<portllm::Weight> weights(tensors.size());
-  size_t t = 0;
-  // All is checked before the first write.
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    portllm::Weight& weight = weights[i];
-    weight.w = matrix(tensors[i], "weights", i, -1, -1, true);
-    weight.rows = tensors[i].size(0);
-    weight.cols = tensors[i].size(1);
-    STD_TORCH_CHECK(n_terms[i] >= 0 && static_cast<size_t>(n_terms[i]) <= lora_A.size() - t,
-                    "lowrank_add_cpu_: n_terms[", i, "] does not fit the number of factors");
-    for (const size_t end = t + n_terms[i]; t < end; ++t) {
-      const portllm::Matrix a = matrix(lora_A[t], "lora_A", t, -1, weight.cols);
-      const int64_t rank = lora_A[t].size(0);
-      weight.terms.push_back(
-          {a, matrix(lora_B[t], "lora_B", t, weight.rows, rank), rank, scalings[t]});
-    }
+  std::vector<portllm::Weight> weights(count);
+  std::vector<portllm::Term> terms(total);
+  int64_t end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto n = n_terms.get<int64_t>(i);
+    const auto w = read(tensors.get<AtenTensorHandle>(i), true);
+    STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
+                    "] must be a 2-D tensor of floats on the CPU, with one term or more");
+    weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
+    end += n;
   }
-  STD_TORCH_CHECK(t == lora_A.size(), "lowrank_add_cpu_: there are more factors than n_terms says");
+  std::atomic<bool> fit = end == total;
+  // Factors lie anywhere in memory, so that their attributes come faster to several threads.
+  torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      for (portllm::Term& term : weights[i].terms) {
+        const size_t t = &term - terms.data();
+        const auto a = read(lora_A.get<AtenTensorHandle>(t));
+        const auto b = read(lora_B.get<AtenTensorHandle>(t));
+        if (a && b && b->rows == weights[i].rows && a->cols == weights[i].cols &&
+            a->rows == b->cols && a->rows > 0) {
+          term = {a->matrix, b->matrix, a->rows, scalings.get<double>(t)};
+        } else {
+          fit = false;
+        }
+      }
+    }
+  });
+  STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
 
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   portllm::Job job(*isa, std::move(weights), threads);
@@ -74,6 +142,4 @@ void lowrank_add_cpu_(const std::vector<Tensor>& tensors, const std::vector<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) {
-  m.impl("lowrank_add_cpu_", TORCH_BOX(&lowrank_add_cpu_));
-}
+STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) { m.impl("lowrank_add_cpu_", lowrank_add_cpu_); }

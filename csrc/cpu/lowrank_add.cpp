@@ -113,18 +113,22 @@ const Isa* chosen_isa() {
   return isa;
 }
 
-Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) {
+Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
+    : weights_(std::move(weights)) {
+  std::erase_if(weights_, [](const Weight& w) { return w.rows == 0 || w.cols == 0; });
   int64_t total = 0;
-  for (Weight& weight : weights) {
-    std::erase_if(weight.terms, [](const Term& term) { return term.rank == 0; });
-    if (weight.rows == 0 || weight.cols == 0 || weight.terms.empty()) continue;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    // Factors of small weights lie anywhere in memory, and here only their first row is looked at.
+    if (i + 8 < weights_.size()) __builtin_prefetch(weights_[i + 8].terms.front().a.data);
+    Weight& weight = weights_[i];
     if (weight.w.col_stride != 1 && weight.w.row_stride == 1) transpose(weight);
     weight.kernel = choose_kernel(isa, weight);
     total += cost(weight);
-    weights_.push_back(std::move(weight));
   }
   threads_ = std::clamp<int64_t>(total / kMinThreadCost, 1, threads);
   const int64_t block_cost = std::max(total / (threads_ * kBlocksPerThread), kMinBlockCost);
+  grids_.reserve(weights_.size());
+  int64_t room = 0;  // what the last block can still take
   for (const Weight& weight : weights_) {
     const int64_t steps = total_steps(weight);
     const Kernel& kernel = *weight.kernel;
@@ -140,8 +144,14 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) {
         ceil_div(std::clamp<int64_t>(rows, kernel.tile_rows, kMaxStripRows), kernel.tile_rows) *
         kernel.tile_rows;
     grid.strips = ceil_div(weight.rows, grid.strip_rows);
-    grid.first_block = blocks_;
-    blocks_ += grid.strips * ceil_div(weight.cols, grid.panel_cols);
+    const int64_t blocks = grid.strips * ceil_div(weight.cols, grid.panel_cols);
+    if (blocks > 1 || cost(weight) > room) {
+      blocks_ += blocks;
+      room = blocks > 1 ? 0 : block_cost;
+    }
+    room -= cost(weight);
+    grid.end_block = blocks_;
+    grid.first_block = blocks_ - blocks;
     scratch_bytes_ = std::max(scratch_bytes_, kernel.scratch(weight, grid.panel_cols));
     grids_.push_back(grid);
   }
@@ -150,25 +160,27 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads) {
 void Job::work() {
   const auto free = [](void* p) { ::operator delete(p, kAlign); };
   std::unique_ptr<void, decltype(free)> scratch(nullptr, free);
-  size_t i = 0;
-  int64_t packed = -1;  // the first block of the panel that scratch holds
+  std::pair<size_t, int64_t> packed{weights_.size(), 0};  // the weight and panel in scratch
+  size_t first = 0;
   for (int64_t block; (block = next_.fetch_add(1, std::memory_order_relaxed)) < blocks_;) {
     if (!scratch) scratch.reset(::operator new(scratch_bytes_, kAlign));
-    while (i + 1 < grids_.size() && grids_[i + 1].first_block <= block) ++i;
-    const Weight& weight = weights_[i];
-    const Grid& grid = grids_[i];
-    // Strips of one panel follow each other, so that a thread packs a panel once, mostly.
-    const int64_t panel = (block - grid.first_block) / grid.strips;
-    const int64_t strip = (block - grid.first_block) % grid.strips;
-    const int64_t col = panel * grid.panel_cols;
-    const int64_t cols = std::min(grid.panel_cols, weight.cols - col);
-    if (packed != block - strip) {
-      weight.kernel->pack(weight, col, cols, scratch.get());
-      packed = block - strip;
+    while (grids_[first].end_block <= block) ++first;
+    for (size_t i = first; i < grids_.size() && grids_[i].first_block <= block; ++i) {
+      const Weight& weight = weights_[i];
+      const Grid& grid = grids_[i];
+      // Strips of one panel follow each other, so that a thread packs a panel once, mostly.
+      const int64_t panel = (block - grid.first_block) / grid.strips;
+      const int64_t strip = (block - grid.first_block) % grid.strips;
+      const int64_t col = panel * grid.panel_cols;
+      const int64_t cols = std::min(grid.panel_cols, weight.cols - col);
+      if (const std::pair wanted{i, panel}; packed != wanted) {
+        weight.kernel->pack(weight, col, cols, scratch.get());
+        packed = wanted;
+      }
+      const int64_t row = strip * grid.strip_rows;
+      const int64_t row_end = std::min(row + grid.strip_rows, weight.rows);
+      weight.kernel->update(weight, row, row_end, col, cols, scratch.get());
     }
-    const int64_t row = strip * grid.strip_rows;
-    const int64_t row_end = std::min(row + grid.strip_rows, weight.rows);
-    weight.kernel->update(weight, row, row_end, col, cols, scratch.get());
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace portllm {
@@ -34,7 +35,7 @@ struct Weight {
   Matrix w;  // [rows, cols]
   int64_t rows;
   int64_t cols;
-  std::vector<Term> terms;
+  std::span<Term> terms;  // of the caller, who keeps those of all weights in one vector
   const Kernel* kernel = nullptr;  // set by Job
 };
 
@@ -75,6 +76,7 @@ const Isa* chosen_isa();
 // One job over all weights, cut into blocks that any number of threads take one after the other.
 class Job {
  public:
+  // Changes the terms (see Term), which must outlive it.
   Job(const Isa& isa, std::vector<Weight> weights, int64_t threads);
 
   // How many threads are worth their start, at most as many as were given.
@@ -88,7 +90,8 @@ class Job {
     int64_t panel_cols;
     int64_t strip_rows;
     int64_t strips;
-    int64_t first_block;  // blocks are numbered through all weights
+    int64_t first_block;  // blocks are numbered through all weights; small weights share one
+    int64_t end_block;
   };
 
   std::vector<Weight> weights_;
