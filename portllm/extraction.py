@@ -27,7 +27,7 @@ from .patch import Patch
 from .progress import Progress
 from .reference import FLOAT_DTYPES, row_blocks
 from .shards import Checkpoint
-from .svd import Leading, leading, residual
+from .svd import Leading, Workspace, leading, residual
 
 Rest = Literal["error", "ignore", "save"]
 Model = Live | str | os.PathLike[str]
@@ -128,11 +128,12 @@ def extract(
     choice = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed}
     store = None if work is None else _Store(Path(work), {"base": old.files(), "tuned": new.files(), **choice})
     found: dict[str, _Found] = {}
+    workspace = Workspace()
     with Progress(sum(old.nbytes(n) + new.nbytes(n) for n in linear), enabled=progress) as bar:
         for name in linear:
             difference = None if store is None else store.load(name)
             if difference is None:
-                difference = _decompose(old, new, name, rank, energy, max_rank, torch.device(device), seed)
+                difference = _decompose(old, new, name, rank, energy, max_rank, torch.device(device), seed, workspace)
                 if store is not None:
                     store.save(name, difference)
             found[name] = difference
@@ -282,10 +283,11 @@ def _decompose(
     max_rank: int,
     device: torch.device,
     seed: int,
+    workspace: Workspace,
 ) -> _Found:
     before = old.read(name).to(device)
-    base_norm = math.sqrt(sum(float(before[r].double().square().sum()) for r in row_blocks(*before.shape)))
-    difference = new.read(name).to(device, torch.float32, copy=True)
+    base_norm = math.sqrt(sum(float(before[r].float().square().sum()) for r in row_blocks(*before.shape)))
+    difference = workspace.empty(before.shape, torch.float32, device).copy_(new.read(name))
     difference -= before
     del before
     if not difference.isfinite().all():
@@ -294,10 +296,10 @@ def _decompose(
         difference = difference.T
     generator = torch.Generator().manual_seed(seed)
     count = rank or (_FIRST_COUNT if energy is not None else max_rank)
-    result = leading(difference, count, generator=generator)
+    result = leading(difference, count, generator=generator, workspace=workspace)
     while energy is not None and result.rank_for(energy) is None and count < min(max_rank, *difference.shape):
         count = min(2 * count, max_rank)
-        result = leading(difference, count, generator=generator)
+        result = leading(difference, count, generator=generator, workspace=workspace)
     left = residual(difference, result, len(result.values)) if result.norm else 0.0
     kept = Leading(result.left.cpu(), result.right.cpu(), result.values.cpu(), result.norm)
     return _Found(kept, left, base_norm)

@@ -16,9 +16,23 @@ from torch import Tensor
 from . import _native
 from .reference import ieee_matmul, row_blocks
 
-_BLOCKS = 3  # of the Krylov basis: as good as two power iterations with half as many columns again
+_BLOCKS = 2  # of the Krylov basis
 _WIDTH = 16  # columns come in whole vectors of the matrix library
 _MEASURE_BELOW = 1e-2  # relative residuals that the difference of two squares no longer tells
+
+
+class Workspace:
+    """Memory that is used again for every matrix: fresh pages cost more than a pass over them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[*shape], overwritten by the next call for this dtype and device."""
+        size, key = shape.numel(), (device, dtype)
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._buffers[key][:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -50,23 +64,28 @@ class Leading:
         return int(enough[0]) + 1 if len(enough) else None
 
 
-def leading(matrix: Tensor, count: int, *, generator: torch.Generator | None = None) -> Leading:
+def leading(
+    matrix: Tensor, count: int, *, generator: torch.Generator | None = None, workspace: Workspace | None = None
+) -> Leading:
     """The ``count`` largest singular values of ``matrix`` [m, n] fp32 and their vectors, at most min(m, n) of them."""
-    norm = math.sqrt(sum(float(matrix[rows].double().square().sum()) for rows in row_blocks(*matrix.shape)))
+    norm = float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
     short = min(matrix.shape)
     count = min(count, short)
     width = -(-count // _WIDTH) * _WIDTH
     with ieee_matmul():
-        if norm == 0 or _BLOCKS * width >= short // 2:
+        if norm == 0 or 2 * _BLOCKS * width >= short:
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
             left, values, right = left[:, :count], values[:count].double(), right[:count].T
             return Leading(left * values.to(left), right, values, norm)
-        row_space = _row_space(matrix, width, generator)
-        image = matrix @ row_space
-        squares, rotation = torch.linalg.eigh((image.T @ image).double())
-        rotation = rotation.flip(1)[:, :count].to(image)
+        # The column space to fp32's precision: then a matrix of no higher rank is found to that precision.
+        image = matrix @ _row_space(matrix, width, generator, workspace or Workspace())
+        column_space = torch.linalg.qr(image.double())[0].to(matrix)
+        weights = matrix.T @ column_space
+        squares, rotation = torch.linalg.eigh((weights.T @ weights).double())
         values = squares.flip(0)[:count].clamp(min=0).sqrt()
-        return Leading(image @ rotation, row_space @ rotation, values, norm)
+        rotation = rotation.flip(1)[:, :count].to(matrix)
+        inverse = torch.where(values > 0, 1 / values, 0).to(matrix)
+        return Leading(column_space @ rotation * values.to(matrix), weights @ rotation * inverse, values, norm)
 
 
 def residual(matrix: Tensor, found: Leading, rank: int) -> float:
@@ -83,26 +102,25 @@ def residual(matrix: Tensor, found: Leading, rank: int) -> float:
     return math.sqrt(total)
 
 
-def _row_space(matrix: Tensor, width: int, generator: torch.Generator | None) -> Tensor:
-    """[n, width] orthonormal: the directions among the inputs that matter most."""
-    coarse = matrix.bfloat16() if _has_fast_bf16(matrix.device) else matrix
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+def _row_space(matrix: Tensor, width: int, generator: torch.Generator | None, workspace: Workspace) -> Tensor:
+    """[n, width]: the directions among the inputs that matter most, about orthonormal."""
+    coarse = matrix
+    if _has_fast_bf16(matrix.device):
+        coarse = workspace.empty(matrix.shape, torch.bfloat16, matrix.device).copy_(matrix)
+    image = _times(coarse, torch.randn(matrix.shape[1], width, generator=generator).to(matrix))
     basis: list[Tensor] = []
     images: list[Tensor] = []
-    block = _times(coarse, start)
     for _ in range(_BLOCKS):
-        block = _orthonormal(block)
+        block = _orthonormal(_times(coarse.T, _orthonormal(image)))
         if basis:
             others = torch.cat(basis, 1)
             block = _orthonormal(block - others @ (others.T @ block))
+        image = _times(coarse, block)
         basis.append(block)
-        images.append(_times(coarse.T, block))
-        if len(basis) < _BLOCKS:
-            block = _times(coarse, images[-1])
+        images.append(image)
     image = torch.cat(images, 1)
     _, rotation = torch.linalg.eigh((image.T @ image).double())
-    column_space = torch.cat(basis, 1) @ rotation.flip(1)[:, :width].to(matrix)
-    return torch.linalg.qr((matrix.T @ column_space).double())[0].to(matrix)
+    return torch.cat(basis, 1) @ rotation.flip(1)[:, :width].to(matrix)
 
 
 def _times(matrix: Tensor, block: Tensor) -> Tensor:
