@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .algebra import Combined as Combined
+    from .algebra import cast as cast
+    from .algebra import combine as combine
+    from .algebra import negate as negate
+    from .algebra import scale as scale
+    from .algebra import truncate as truncate
     from .checkpoint import apply_checkpoint as apply_checkpoint
     from .errors import BackendError as BackendError
     from .errors import CheckpointError as CheckpointError
@@ -34,6 +40,7 @@ _HOMES = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "Combined": "algebra",
     "Extraction": "extraction",
     "Patch": "patch",
     "PatchError": "errors",
@@ -43,11 +50,16 @@ _HOMES = {
     "UnsupportedPatchError": "errors",
     "apply": "live",
     "apply_checkpoint": "checkpoint",
+    "cast": "algebra",
+    "combine": "algebra",
     "extract": "extraction",
     "lowrank_add_": "ops",
+    "negate": "algebra",
     "plan": "live",
     "remove": "live",
+    "scale": "algebra",
     "stamp": "fingerprint",
+    "truncate": "algebra",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -16,6 +16,8 @@ from ._version import __version__
 from .errors import PortllmError
 
 if TYPE_CHECKING:
+    import torch
+
     from .patch import Patch
 
 _EPILOG = """\
@@ -24,6 +26,7 @@ examples:
   portllm check ./adapter ./evolved-model
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
+  portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
 
 exit codes: 0 done; 2 bad input, nothing was written; 130 interrupted, nothing was written
 """
@@ -64,12 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = _command(commands, "apply", _apply, "write a patched copy of a safetensors checkpoint, shard by shard")
-    command.add_argument("patch", nargs="+", metavar="PATCH[@SCALE]", help="adapter directory or hub id")
+    _patches_argument(command)
     _model_argument(command)
     command.add_argument("-o", "--out", type=Path, help="the patched checkpoint; must not exist (see --overwrite)")
     _binding_arguments(command)
     command.add_argument("--resize-vocab", action="store_true", help="take over a vocabulary that the patch enlarged")
-    command.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast while writing")
+    _dtype_argument(command)
     command.add_argument("--backend", default="auto", help="auto, torch, cpu or triton")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
@@ -80,6 +83,29 @@ def _parser() -> argparse.ArgumentParser:
     _model_argument(command)
     _binding_arguments(command)
     command.add_argument("--all", action="store_true", help="a line for each weight, not for each kind")
+
+    command = _command(commands, "combine", _combine, "make one patch of several, or of one at another strength")
+    _patches_argument(command)
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, help="the new patch; must not exist (see --overwrite)"
+    )
+    command.add_argument(
+        "--method",
+        default="concat",
+        choices=("concat", "svd", "ties", "dare", "dare_ties"),
+        help="concat (default) adds up exactly, at the sum of the ranks; svd gives the best of a lower rank",
+    )
+    command.add_argument("--rank", type=int, help="at most, for each module (svd, ties, dare)")
+    command.add_argument("--energy", type=float, help="keep this share of each module's squared norm (svd, ties, dare)")
+    command.add_argument("--density", type=float, help="the share of elements that ties and dare keep, such as 0.2")
+    command.add_argument(
+        "--majority-sign", default="total", choices=("total", "frequency"), help="how ties elects signs"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of what dare drops")
+    _dtype_argument(command)
+    _setting_argument(command)
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--all", action="store_true", help="a line for each module, not for each kind")
 
     command = _command(commands, "inspect", _inspect, "what is in a patch?")
     command.add_argument("patch", metavar="PATCH")
@@ -126,6 +152,14 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     return parser
 
 
+def _patches_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("patch", nargs="+", metavar="PATCH[@SCALE]", help="adapter directory or hub id")
+
+
+def _dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast while writing")
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="safetensors checkpoint: directory, file or hub id")
 
@@ -162,6 +196,17 @@ def _scaled(text: str) -> tuple[str, float]:
     return path, number
 
 
+def _scaled_patches(arguments: argparse.Namespace) -> list[tuple[Patch, float]]:
+    scaled = [_scaled(text) for text in arguments.patch]
+    return [(_load(path, arguments), scale) for path, scale in scaled]
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype | None:
+    import torch
+
+    return None if arguments.dtype is None else getattr(torch, arguments.dtype)
+
+
 def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "strict": not arguments.no_strict,
@@ -171,8 +216,7 @@ def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    scaled = [_scaled(text) for text in arguments.patch]
-    patches = [(_load(path, arguments), scale) for path, scale in scaled]
+    patches = _scaled_patches(arguments)
     from .checkpoint import apply_checkpoint, plan_checkpoint
 
     options = _binding(arguments) | {"resize": arguments.resize_vocab}
@@ -200,14 +244,12 @@ def _apply(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.out is None:
         raise PortllmError("say where to write with -o OUT (or --dry-run)")
-    import torch
-
     report = apply_checkpoint(
         arguments.model,
         patches,
         arguments.out,
         **options,
-        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        dtype=_dtype(arguments),
         backend=arguments.backend,
         overwrite=arguments.overwrite,
         progress=not (arguments.quiet or arguments.json),
@@ -267,13 +309,54 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _combine(arguments: argparse.Namespace) -> int:
+    pairs = _scaled_patches(arguments)
+    from .algebra import Combined, combine
+    from .files import check_destination, fsync, whole_or_absent
+    from .patch import LoraEntry
+
+    size = sum(tensor.nbytes for source, _ in pairs for tensor in source.tensors.values())
+    check_destination(arguments.out, [Path(source.name) for source, _ in pairs], arguments.overwrite, size)
+    patch = combine(
+        pairs,
+        method=arguments.method,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        density=arguments.density,
+        majority_sign=arguments.majority_sign,
+        seed=arguments.seed,
+        dtype=_dtype(arguments),
+    )
+    with whole_or_absent(arguments.out, arguments.overwrite, is_file=False) as temporary:
+        patch.save(temporary)
+        for file in temporary.iterdir():
+            fsync(file)
+    record = Combined.from_patch(patch)
+    assert record is not None
+    if arguments.json:
+        _print_json({"out": str(arguments.out), **vars(record), **_numbers(patch)})
+        return 0
+    rows = [("modules", "count", "rank", "left off, median", "max")]
+    loras = [entry for entry in patch.entries if isinstance(entry, LoraEntry)]
+    for kind, group in _groups(loras, lambda e: e.module, arguments.all).items():
+        errors = sorted(record.errors.get(e.module, 0.0) for e in group)
+        ranks = ",".join(str(rank) for rank in sorted({e.lora_A.shape[0] for e in group}))
+        rows.append((kind, str(len(group)), ranks, f"{errors[len(errors) // 2]:.2%}", f"{errors[-1]:.2%}"))
+    _print_table(rows)
+    _print_warnings(record.warnings)
+    numbers = _numbers(patch)
+    print(f"{arguments.method} of {len(pairs)}: {numbers['parameters']:,} numbers in {', '.join(numbers['dtypes'])}")
+    print(arguments.out)
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     patch = _load(arguments.patch, arguments)
     from .fingerprint import Fingerprint
     from .patch import ExpertEntry, LoraEntry
 
     config, fingerprint = patch.config, Fingerprint.from_patch(patch)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in patch.tensors.values()})
+    numbers = _numbers(patch)
     if arguments.json:
         entries = []
         for e in patch.entries:
@@ -289,17 +372,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
             {
                 "base": config.base_model,
                 "fingerprint": fingerprint is not None,
-                "parameters": patch.num_parameters,
-                "bytes": sum(t.nbytes for t in patch.tensors.values()),
-                "dtypes": dtypes,
-                "ranks": list(patch.ranks),
+                **numbers,
                 "peft_version": config.peft_version,
                 "entries": entries,
             }
         )
         return 0
     print(f"base      {config.base_model or 'unknown'}{'' if fingerprint is None else ' (fingerprint kept)'}")
-    print(f"numbers   {patch.num_parameters:,} in {', '.join(dtypes)}")
+    print(f"numbers   {numbers['parameters']:,} in {', '.join(numbers['dtypes'])}")
     rows = [("modules", "count", "rank", "scaling", "kind")]
     for kind, group in _groups(patch.entries, lambda e: getattr(e, "module", None) or e.name, arguments.all).items():
         loras = [e for e in group if isinstance(e, LoraEntry)]
@@ -322,6 +402,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         )
     _print_table(rows)
     return 0
+
+
+def _numbers(patch: Patch) -> dict[str, Any]:
+    return {
+        "parameters": patch.num_parameters,
+        "bytes": sum(tensor.nbytes for tensor in patch.tensors.values()),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in patch.tensors.values()}),
+        "ranks": list(patch.ranks),
+    }
 
 
 def _stamp(arguments: argparse.Namespace) -> int:

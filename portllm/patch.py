@@ -267,9 +267,7 @@ def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entr
     for key, tensor in tensors.items():
         match = matches[key]
         if match is None:
-            # A module that was resized and saved comes with its state before the training, which is not the patch.
-            trained = key.replace(".original_module.", ".modules_to_save.")
-            if trained == key or trained not in tensors:
+            if _is_whole(key, tensors):
                 yield _explain_whole(key, tensor, config)
             continue
         part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
@@ -291,6 +289,18 @@ def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entr
             yield from _explain_module(module, parts, config)
     for module, levels in wrappers.items():
         yield _explain_experts(module, levels, config)
+
+
+def _is_whole(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is of the patch, and no factor: it replaces something."""
+    # A module that was resized and saved comes with its state before the training, which is not the patch.
+    trained = key.replace(".original_module.", ".modules_to_save.")
+    return not _LORA_KEY.match(_strip_prefix(key)) and (trained == key or trained not in tensors)
+
+
+def replaced_tensors(patch: Patch) -> dict[str, Tensor]:
+    """The tensors, by the file's keys, that replace something in the target: what is no factor."""
+    return {key: tensor for key, tensor in patch.tensors.items() if _is_whole(key, patch.tensors)}
 
 
 def _check_settings(entries: tuple[Entry, ...], config: AdapterConfig) -> None:

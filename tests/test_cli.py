@@ -125,10 +125,11 @@ def test_as_a_module_and_as_a_script(model: Path, adapter: Path, tmp_path: Path)
 def test_help_and_version(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    for word in ("apply", "check", "inspect", "stamp", "info", "examples:", "portllm apply ./adapter", "exit codes"):
+    commands = ("apply", "check", "combine", "inspect", "stamp", "info")
+    for word in (*commands, "examples:", "portllm apply ./adapter", "exit codes"):
         assert word in out
     assert run("--version") == (0, f"portllm {portllm.__version__}\n", "")
-    for command in ("apply", "check", "inspect", "stamp", "info"):
+    for command in commands:
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "")
         assert out.startswith(f"usage: portllm {command}")

@@ -85,6 +85,7 @@ print(json.dumps(times))
 def test_public_names() -> None:
     assert len(set(portllm.__all__)) == len(portllm.__all__)
     assert {"Patch", "apply", "apply_checkpoint", "plan", "remove", "stamp", "__version__"} <= set(portllm.__all__)
+    assert {"Combined", "cast", "combine", "negate", "scale", "truncate"} <= set(portllm.__all__)
     assert set(portllm.__all__) <= set(dir(portllm))
     assert dir(portllm) == sorted(dir(portllm))
     for name in portllm.__all__:
