@@ -23,7 +23,7 @@ from .config import AdapterConfig, fits_fp32
 from .errors import PatchError, UnsupportedPatchError
 from .fingerprint import METADATA_KEY, Fingerprint
 from .live import Source, as_patches
-from .lowrank import Blocks, nth_magnitude, recompress
+from .lowrank import Blocks, leading_blocks, nth_magnitude, recompress
 from .naming import VOCABULARY_LAYERS
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry, replaced_tensors
 from .reference import FLOAT_DTYPES, ieee_matmul, row_blocks
