@@ -36,6 +36,7 @@ constexpr int kWords = kRows * kDepth;
 constexpr int kColumns = kCols<S>;
 constexpr int kAcross = kColumns / 16;  // tile registers side by side
 constexpr int kMostParts = 3;
+constexpr int64_t kPanelBytes = 1 << 20;  // of 2 MiB of L2
 static_assert(kAcross == 4);
 
 // Products of the i-th part of one number and the j-th of another that count.
@@ -98,7 +99,8 @@ struct Panel {
   float* exact;     // A in fp32, as kernel.h packs it
   uint32_t* a;      // [column tile][chunk][16 columns across][step][column]
   uint32_t* b;      // [chunk][row][step]
-  float* wide;      // one row of one term of B, times the scaling
+  uint16_t* parts;  // [part][k] of one row of one term of B, times the scaling
+  int64_t width;    // of such a part: an even number of k
   void* end;
 
   Panel(const Weight& weight, int64_t cols, void* scratch) : chunks(weight) {
@@ -108,11 +110,12 @@ struct Panel {
       rank += term.rank;
       widest = std::max(widest, term.rank);
     }
+    width = round_up(widest, 2 * kDepth);
     exact = static_cast<float*>(scratch);
     a = reinterpret_cast<uint32_t*>(exact + rank * cols);
     b = a + chunks.a() * kDepth * cols;
-    wide = reinterpret_cast<float*>(b + chunks.b() * kWords);
-    end = wide + round_up(widest, 2 * kDepth);
+    parts = reinterpret_cast<uint16_t*>(b + chunks.b() * kWords);
+    end = parts + kMostParts * width;
   }
 };
 
@@ -121,10 +124,22 @@ int64_t amx_scratch(const Weight& weight, int64_t cols) {
   return static_cast<char*>(Panel(weight, cols, &origin).end) - &origin;
 }
 
-// The given part of x in bf16; parts are rounded to nearest, so that each leaves 2^-9 or less.
-inline uint32_t part_of(float x, int part) {
-  for (int i = 0; i < part; ++i) x -= widen(narrow<bf16>(x));
+// The part of x of the given number in bf16; parts are rounded to nearest, so that each leaves 2^-9 of
+// what was there, or less.
+template <int kPart>
+uint16_t part_of(float x) {
+  for (int i = 0; i < kPart; ++i) x -= widen(narrow<bf16>(x));
   return narrow<bf16>(x).bits;
+}
+
+// Calls f with the number of a part as a constant.
+template <class F>
+void with_part(int part, F&& f) {
+  switch (part) {
+    case 0: return f(std::integral_constant<int, 0>{});
+    case 1: return f(std::integral_constant<int, 1>{});
+    default: return f(std::integral_constant<int, 2>{});
+  }
 }
 
 void amx_pack(const Weight& weight, int64_t col, int64_t cols, void* scratch) {
@@ -138,41 +153,64 @@ void amx_pack(const Weight& weight, int64_t col, int64_t cols, void* scratch) {
       const float* in = panel.exact;
       for (const Term* t = weight.terms.data(); t != &term; ++t) in += t->rank * cols;
       in += tile * term.rank * kColumns + 2 * first * kColumns;
-      for (int64_t k = 2 * first; steps--; k += 2, ++row, in += 2 * kColumns) {
-        uint32_t* out = panel.a + tile * tile_words + row / kDepth * kWords * kAcross +
-                        row % kDepth * kDepth;
-        const bool both = k + 1 < term.rank;
-        for (int v = 0; v < kAcross; ++v, out += kWords) {
-          for (int c = 0; c < kDepth; ++c) {
-            const float second = both ? in[kColumns + v * kDepth + c] : 0.0f;
-            out[c] = part_of(second, part) << 16 | part_of(in[v * kDepth + c], part);
+      with_part(part, [&](auto constant) {
+        constexpr int kPart = constant;
+        for (int64_t k = 2 * first; steps--; k += 2, ++row, in += 2 * kColumns) {
+          uint32_t* out = panel.a + tile * tile_words + row / kDepth * kWords * kAcross +
+                          row % kDepth * kDepth;
+          float second[kColumns] = {};
+          if (k + 1 < term.rank) std::memcpy(second, in + kColumns, sizeof second);
+          for (int v = 0; v < kAcross; ++v, out += kWords) {
+            for (int c = 0; c < kDepth; ++c) {
+              out[c] = uint32_t{part_of<kPart>(second[v * kDepth + c])} << 16 |
+                       part_of<kPart>(in[v * kDepth + c]);
+            }
           }
         }
-      }
+      });
     };
     for_each_piece<true>(weight, panel.chunks, place);
   }
 }
 
+// Splits a row of one term of B, times the scaling.
+void split_row(const Term& term, int64_t row, const Panel& panel) {
+  const float scaling = static_cast<float>(term.scaling);
+  uint16_t *first = panel.parts, *second = first + panel.width, *third = second + panel.width;
+  const auto split = [&](int64_t k, float x) {
+    first[k] = part_of<0>(x);
+    second[k] = part_of<1>(x);
+    third[k] = part_of<2>(x);
+  };
+  with_type(term.b.dtype, [&](auto e) {
+    const auto* in = at<decltype(e)>(term.b, row, 0);
+    const int64_t stride = term.b.col_stride;
+    const auto value = [&](int64_t k) { return scaling * static_cast<float>(widen(in[k])); };
+    if (stride == 1) {
+      for (int64_t k = 0; k < term.rank; ++k) split(k, value(k));
+    } else {
+      for (int64_t k = 0; k < term.rank; ++k) split(k, value(k * stride));
+    }
+  });
+  if (term.rank % 2) split(term.rank, 0.0f);
+}
+
 void pack_b(const Weight& weight, const Panel& panel, int64_t row, int rows) {
   std::fill_n(panel.b, panel.chunks.b() * kWords, 0u);
   for (int i = 0; i < rows; ++i) {
-    const Term* ready = nullptr;  // whose row panel.wide holds
+    const Term* ready = nullptr;  // whose row panel.parts holds
     const auto place = [&](const Term& term, int part, int64_t first, int64_t steps, int64_t at_row) {
-      if (ready != &term) {
-        ready = &term;
-        const float scaling = static_cast<float>(term.scaling);
-        with_type(term.b.dtype, [&](auto e) {
-          const auto* in = at<decltype(e)>(term.b, row + i, 0);
-          for (int64_t k = 0; k < term.rank; ++k, in += term.b.col_stride) {
-            panel.wide[k] = scaling * static_cast<float>(widen(*in));
-          }
-        });
-        if (term.rank % 2) panel.wide[term.rank] = 0;
-      }
-      for (const float* in = panel.wide + 2 * first; steps--; ++at_row, in += 2) {
-        panel.b[at_row / kDepth * kWords + i * kDepth + at_row % kDepth] =
-            part_of(in[1], part) << 16 | part_of(in[0], part);
+      if (ready != &term) split_row(term, row + i, panel);
+      ready = &term;
+      // Neighbours in memory are the two numbers of a word.
+      const uint16_t* in = panel.parts + part * panel.width + 2 * first;
+      while (steps > 0) {
+        const int64_t count = std::min(steps, kDepth - at_row % kDepth);
+        uint32_t* out = panel.b + at_row / kDepth * kWords + i * kDepth + at_row % kDepth;
+        std::memcpy(out, in, count * sizeof *out);
+        in += 2 * count;
+        at_row += count;
+        steps -= count;
       }
     };
     for_each_piece<false>(weight, panel.chunks, place);
@@ -292,7 +330,7 @@ const Isa* table() {
                        exact_kernel<S>(),
                        exact_kernel<Avx512Double>(),
                        true,
-                       {kRows, kColumns, amx_scratch, amx_pack, amx_update},
+                       {kRows, kColumns, kPanelBytes, amx_scratch, amx_pack, amx_update},
                        8};
   return &isa;
 }

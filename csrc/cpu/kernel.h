@@ -382,7 +382,7 @@ void exact_update(const Weight& weight, int64_t row, int64_t row_end, int64_t co
 
 template <class S>
 constexpr Kernel exact_kernel() {
-  return {S::kRows, kCols<S>, exact_scratch<S>, exact_pack<S>, exact_update<S>};
+  return {S::kRows, kCols<S>, 320 << 10, exact_scratch<S>, exact_pack<S>, exact_update<S>};
 }
 
 // S takes the weights up to fp32, D those in fp64.

@@ -14,8 +14,6 @@
 namespace portllm {
 namespace {
 
-// Packed A of one panel: it is read again for every tile of rows, so it must stay in L2.
-constexpr int64_t kPanelBytes = 320 << 10;
 // Blocks for each thread: enough to even out threads that are slowed down by others.
 constexpr int64_t kBlocksPerThread = 16;
 // A pass over an element costs about as much as this many multiply-adds of one lane.
@@ -135,7 +133,7 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
     // Columns: as many as keep the panel in L2, in panels of equal width.
     const int64_t tiles = ceil_div(weight.cols, kernel.tile_cols);
     const int64_t fit =
-        std::max<int64_t>(kPanelBytes / kernel.scratch(weight, kernel.tile_cols), 1);
+        std::max<int64_t>(kernel.panel_bytes / kernel.scratch(weight, kernel.tile_cols), 1);
     const int64_t panel_tiles = ceil_div(tiles, ceil_div(tiles, fit));
     Grid grid;
     grid.panel_cols = panel_tiles * kernel.tile_cols;

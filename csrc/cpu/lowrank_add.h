@@ -51,6 +51,8 @@ struct Weight {
 struct Kernel {
   int tile_rows;
   int tile_cols;
+  // Packed A of one panel is read again for every tile of rows: bytes that stay in L2.
+  int64_t panel_bytes;
   // Bytes of scratch that a block of so many columns needs.
   int64_t (*scratch)(const Weight&, int64_t cols);
   // Packs the columns [col, col + cols) of every A into scratch.
