@@ -1,115 +1,50 @@
-"""Update a decoder layer's weights in memory: portllm against addmm_, PEFT's merge, and the in-place pass.
+"""Update weights in memory: portllm against addmm_, PEFT's merge, and the in-place pass.
 
     python benchmarks/bench_update.py --json benchmarks/results/update.json
-    pytest benchmarks/bench_update.py                # the same calls under pytest-benchmark, for comparing commits
+    python benchmarks/bench_update.py --cases stacked small --weight-dtype fp16 --factor-dtype bf16
 
-The unit is the seven linear weights of one decoder layer (several layers, if one fits into the last-level cache) in
-bf16 with fp32 factors, which is how PEFT loads an adapter. All ways run in one process, in turn, round after round;
-figures are medians. The limit is the fastest pass that reads and writes every weight once, in place.
+Cases:
+    layers   the seven linear weights of a decoder layer (of several, if one fits into the last-level cache), by rank
+    stacked  four patches of rank 16 on each of these weights in one call, one patch alone, and four addmm_ each
+    small    10,000 weights of 64 x 64
+    memory   how far the process grows during one call, on a Mistral layer: its high-water mark less what it held
+
+Factors are random in all bits of their dtype; fp32 is what PEFT loads an adapter as. B is scaled so that each patch is
+``--delta`` of its weight, in the Frobenius norm. All ways run in one process, in turn, round after round; figures are
+medians. The limit is the fastest pass that reads and writes every weight once, in place.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from torch import nn
+from cases import LAYERS, WAYS, Case, layer
 
-from portllm import ops
-
-# (out, in) of q, k, v, o, gate, up, down.
-LAYERS = {
-    "Mistral-7B": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
-    "Llama-3.1-8B": [
-        (4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336),
-    ],
-    "Gemma2-9B": [(4096, 3584), (2048, 3584), (2048, 3584), (3584, 4096), (14336, 3584), (14336, 3584), (3584, 14336)],
-}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64, 256)
-WAYS = ("limit", "portllm", "addmm_", "peft")
+SMALL = 10_000
 
 
-class Case:
-    """The weights of some layers with factors, and the ways to update them; each call is one whole pass."""
-
-    def __init__(self, shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.weights = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in shapes]
-        self.lora_A = [torch.randn(rank, shape[1]) / shape[1] ** 0.5 for shape in shapes]
-        self.lora_B = [torch.randn(shape[0], rank) * 1e-4 for shape in shapes]
-        self.scaling = 2.0
-        self.bytes = sum(2 * w.nbytes for w in self.weights)
-        self._narrow = [(a.to(dtype), b.to(dtype)) for a, b in zip(self.lora_A, self.lora_B, strict=True)]
-        self._peft: list[Any] = []
-
-    def limit(self) -> None:
-        """Read and write each weight once; an integer op, so that nothing but the memory is timed."""
-        for weight in self.weights:
-            weight.view(torch.int16 if weight.element_size() == 2 else torch.int32).bitwise_not_()
-
-    def portllm(self) -> None:
-        n = len(self.weights)
-        ops.lowrank_add_(self.weights, self.lora_A, self.lora_B, [self.scaling] * n, [1] * n)
-
-    def addmm_(self) -> None:
-        """The best call in torch; it takes factors of the weight's dtype only, so they lose their last bits."""
-        for weight, (a, b) in zip(self.weights, self._narrow, strict=True):
-            weight.addmm_(b, a, alpha=self.scaling)
-
-    def peft(self) -> None:
-        """PEFT's own merge of each layer, through PEFT."""
-        for layer in self._peft or self._wrap():
-            layer.merge()
-            layer.merged_adapters.clear()
-
-    def _wrap(self) -> list[Any]:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-
-        for weight, a, b in zip(self.weights, self.lora_A, self.lora_B, strict=True):
-            base = nn.Linear(1, 1, bias=False, dtype=weight.dtype)
-            base.weight = nn.Parameter(weight, requires_grad=False)
-            base.out_features, base.in_features = weight.shape
-            rank = a.shape[0]
-            layer = Linear(base, "default", config=LoraConfig(r=rank), r=rank, lora_alpha=int(self.scaling * rank))
-            layer.lora_A["default"].weight = nn.Parameter(a, requires_grad=False)
-            layer.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
-            self._peft.append(layer)
-        return self._peft
-
-
-def case(family: str, rank: int) -> Case:
-    """Enough layers of a family to be several times the last-level cache."""
-    shapes = LAYERS[family]
-    size = sum(2 * m * n for m, n in shapes)
-    return Case(shapes * max(1, -(-4 * last_level_cache() // size)), rank)
-
-
-def last_level_cache() -> int:
-    """Bytes in the last-level cache of the first CPU; 32 MiB if the system does not say."""
-    sizes = [0]
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = index.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    return max(sizes) or 32 << 20
-
-
-def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of each way: median, 20th and 80th percentile over the rounds, after one warm-up round."""
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
-        for way in WAYS:
+        for way in ways:
             call: Callable[[], None] = getattr(case, way)
             started = time.perf_counter()
             call()
             if number:
-                times[way].append(time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                times[way].append(seconds / case.peft_share if way == "peft" else seconds)
     return {way: _summary(samples) for way, samples in times.items()}
 
 
@@ -123,46 +58,106 @@ def _summary(samples: list[float]) -> dict[str, float]:
     }
 
 
+def extra_mib(call: Callable[[], None]) -> float | None:
+    """How many MiB the resident set grows during a call, at its height; None if the system does not say."""
+    call()  # the first one of a kind may start threads and load code
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would hide a need for it
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return (_status("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure case after case; a result has its ``ways``, each with seconds or extra MiB."""
+
+    def timed(case: str, name: str, rank: int, made: Case, ways: tuple[str, ...]) -> dict[str, Any]:
+        size = {"weights": len(made.weights), "bytes": made.bytes, "patches": len(made.terms[0])}
+        size["peft_share"] = made.peft_share
+        return {"case": case, "name": name, "rank": rank, **size, "ways": measure(made, ways, arguments.rounds)}
+
+    for case in arguments.cases:
+        if case == "layers":
+            for family in arguments.families:
+                for rank in arguments.ranks:
+                    yield timed(case, family, rank, layer(family, rank, **kinds), WAYS)
+        elif case == "stacked":
+            for family in arguments.families:
+                made = layer(family, 16, patches=4, **kinds)
+                yield timed(case, f"4 x {family}", 16, made, ("limit", "one_patch", "portllm", "addmm_"))
+        elif case == "small":
+            for rank in (8, 16):
+                yield timed(case, f"{SMALL} small", rank, Case([(64, 64)] * SMALL, rank, **kinds), WAYS[1:])
+        else:
+            made = Case(LAYERS["Mistral-7B"], 16, **kinds)
+            grown = {way: {"extra_mib": extra_mib(getattr(made, way))} for way in WAYS}
+            yield {"case": case, "name": "Mistral-7B", "rank": 16, "ways": grown}
+
+
+# Width and decimals.
+COLUMNS = {"ms": (9, 1), "us/weight": (11, 2), "GB/s": (7, 1), "x peft": (8, 1), "x addmm_": (10, 2), "% limit": (9, 0)}
+COLUMNS["extra MiB"] = (11, 1)
+
+
+def figures(result: dict[str, Any], way: str) -> dict[str, float | None]:
+    """The columns that a case has."""
+    ways = result["ways"]
+    if result["case"] == "memory":
+        return {"extra MiB": ways[way]["extra_mib"]}
+    seconds = ways[way]["seconds"]
+    faster = {f"x {other}": r["seconds"] / seconds for other, r in ways.items()}
+    limit = {"% limit": 100 * faster["x limit"]} if "limit" in ways else {}
+    of_one = {"us/weight": seconds / result["weights"] * 1e6, "GB/s": result["bytes"] / seconds / 1e9}
+    return {"ms": seconds * 1e3, **of_one, **faster, **limit}
+
+
+def show(result: dict[str, Any]) -> None:
+    """A line for each way."""
+    start = f"{result['name']:16}{result['rank']:5}  "
+    for way in result["ways"]:
+        values = figures(result, way)
+        cells = [
+            f"{'-':>{width}}" if (value := values.get(name)) is None else f"{value:{width}.{decimals}f}"
+            for name, (width, decimals) in COLUMNS.items()
+        ]
+        print(f"{start}{way:10}{''.join(cells)}", flush=True)
+    if (share := result.get("peft_share", 1)) < 1:
+        print(f"{start}peft merged {share:.0%} of the weights, and its time is scaled", flush=True)
+    if result["case"] == "stacked":
+        four, one = (result["ways"][way]["seconds"] for way in ("portllm", "one_patch"))
+        print(f"{start}four patches take {four / one:.2f} times as long as one", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases = ("layers", "stacked", "small", "memory")
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
     parser.add_argument("--families", nargs="*", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
+    parser.add_argument("--weight-dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--factor-dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--delta", type=float, default=0.01, help="||s B A|| / ||W|| of each patch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    import machine
-
-    results: list[dict[str, Any]] = []
-    print(f"{'layer':14}{'rank':>5}  {'way':9}{'ms':>9}{'GB/s':>8}{'x peft':>8}{'x addmm_':>10}{'% limit':>9}")
-    for family in arguments.families:
-        for rank in arguments.ranks:
-            made = case(family, rank)
-            ways = measure(made, arguments.rounds)
-            results.append({"family": family, "rank": rank, "bytes": made.bytes, "ways": ways})
-            for way, r in ways.items():
-                seconds = r["seconds"]
-                print(
-                    f"{family:14}{rank:5}  {way:9}{seconds * 1e3:9.1f}{made.bytes / seconds / 1e9:8.1f}"
-                    f"{ways['peft']['seconds'] / seconds:8.1f}{ways['addmm_']['seconds'] / seconds:10.2f}"
-                    f"{100 * ways['limit']['seconds'] / seconds:9.0f}",
-                    flush=True,
-                )
+    kinds = {"weight_dtype": arguments.weight_dtype, "factor_dtype": arguments.factor_dtype, "delta": arguments.delta}
+    print("  ".join(f"{key} {value}" for key, value in kinds.items()))
+    print(f"{'case':16}{'rank':>5}  {'way':10}{''.join(f'{name:>{width}}' for name, (width, _) in COLUMNS.items())}")
+    results = []
+    for result in run(arguments, kinds | {key: DTYPES[kinds[key]] for key in ("weight_dtype", "factor_dtype")}):
+        show(result)
+        results.append(result)
     if arguments.json:
-        report = {"benchmark": "update", "machine": machine.describe(), "cases": results}
+        report = {"benchmark": "update", "machine": machine.describe(), **kinds, "cases": results}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    metafunc.parametrize("way", WAYS)
-    metafunc.parametrize("rank", RANKS[:3])
-
-
-def test_update(benchmark: Any, rank: int, way: str) -> None:
-    """One Mistral-7B layer under pytest-benchmark; grouped by rank."""
-    benchmark.group = f"Mistral-7B, rank {rank}"
-    benchmark.pedantic(
-        getattr(case("Mistral-7B", rank), way), rounds=int(os.environ.get("ROUNDS", "5")), warmup_rounds=1
-    )
 
 
 if __name__ == "__main__":

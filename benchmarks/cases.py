@@ -1,0 +1,130 @@
+"""What bench_update.py measures: weights with patches, and the ways to update them.
+
+pytest benchmarks/cases.py                       # the same calls under pytest-benchmark, for comparing commits
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from portllm import ops
+
+Shape = tuple[int, int]
+# (out, in) of q, k, v, o, gate, up, down.
+LAYERS: dict[str, list[Shape]] = {
+    "Mistral-7B": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
+    "Gemma2-9B": [(4096, 3584), (2048, 3584), (2048, 3584), (3584, 4096), (14336, 3584), (14336, 3584), (3584, 14336)],
+}
+LAYERS["Llama-3.1-8B"] = LAYERS["Mistral-7B"]
+WAYS = ("limit", "portllm", "addmm_", "peft")
+SCALING = 2.0
+PEFT_WEIGHTS = 1000  # what PEFT's merge of more weights is scaled up from
+
+
+class Case:
+    """Weights with patches, and the ways to update them; each call is one whole pass."""
+
+    def __init__(
+        self,
+        shapes: list[Shape],
+        rank: int,
+        patches: int = 1,
+        *,
+        weight_dtype: torch.dtype = torch.bfloat16,
+        factor_dtype: torch.dtype = torch.float32,
+        delta: float = 0.01,
+    ) -> None:
+        self.weights = [torch.empty(shape, dtype=weight_dtype).normal_(0, 0.02) for shape in shapes]
+        self.terms = [[_factors(weight, rank, factor_dtype, delta) for _ in range(patches)] for weight in self.weights]
+        self.bytes = sum(2 * w.nbytes for w in self.weights)
+        self.peft_share = min(1.0, PEFT_WEIGHTS / len(shapes))
+        self._narrow = [[(a.to(weight_dtype), b.to(weight_dtype)) for a, b in terms] for terms in self.terms]
+        self._calls = {count: self._arguments(count) for count in (1, patches)}
+        self._peft: list[Any] = []
+
+    def _arguments(self, count: int) -> tuple[list[Any], ...]:
+        used = [term for terms in self.terms for term in terms[:count]]
+        scalings, n_terms = [SCALING] * len(used), [count] * len(self.weights)
+        return self.weights, [a for a, _ in used], [b for _, b in used], scalings, n_terms
+
+    def limit(self) -> None:
+        """Read and write each weight once, changing nothing; an integer op, so that only the memory is timed."""
+        for weight in self.weights:
+            weight.view(torch.int16 if weight.element_size() == 2 else torch.int32).bitwise_or_(0)
+
+    def portllm(self) -> None:
+        ops.lowrank_add_(*self._calls[len(self.terms[0])])
+
+    def one_patch(self) -> None:
+        """As ``portllm``, with the first patch only."""
+        ops.lowrank_add_(*self._calls[1])
+
+    def addmm_(self) -> None:
+        """The best call in torch; it takes factors of the weight's dtype only, so they lose their last bits."""
+        for weight, terms in zip(self.weights, self._narrow, strict=True):
+            for a, b in terms:
+                weight.addmm_(b, a, alpha=SCALING)
+
+    def peft(self) -> None:
+        """PEFT's own merge of the first patch into each weight (the first PEFT_WEIGHTS of them), through PEFT."""
+        for layer in self._peft or self._wrap():
+            layer.merge()
+            layer.merged_adapters.clear()
+
+    def _wrap(self) -> list[Any]:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        for weight, terms in zip(self.weights[:PEFT_WEIGHTS], self.terms, strict=False):
+            a, b = terms[0]
+            base = nn.Linear(1, 1, bias=False, dtype=weight.dtype)
+            base.weight = nn.Parameter(weight, requires_grad=False)
+            base.out_features, base.in_features = weight.shape
+            rank = a.shape[0]
+            layer = Linear(base, "default", config=LoraConfig(r=rank), r=rank, lora_alpha=int(SCALING * rank))
+            layer.lora_A["default"].weight = nn.Parameter(a, requires_grad=False)
+            layer.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
+            self._peft.append(layer)
+        return self._peft
+
+
+def _factors(weight: Tensor, rank: int, dtype: torch.dtype, delta: float) -> tuple[Tensor, Tensor]:
+    """A random patch of which ||SCALING B A|| is ``delta`` ||W||; through r x r matrices, as B A is large."""
+    a, b = torch.randn(rank, weight.shape[1]), torch.randn(weight.shape[0], rank)
+    norm = SCALING * ((b.T @ b) * (a @ a.T)).sum().sqrt()
+    b *= delta * torch.linalg.vector_norm(weight, dtype=torch.float32) / norm
+    return a.to(dtype), b.to(dtype)
+
+
+def layer(family: str, rank: int, patches: int = 1, **kinds: Any) -> Case:
+    """Enough layers of a family to be several times the last-level cache."""
+    shapes = LAYERS[family]
+    size = sum(2 * m * n for m, n in shapes)
+    return Case(shapes * max(1, -(-4 * last_level_cache() // size)), rank, patches, **kinds)
+
+
+def last_level_cache() -> int:
+    """Bytes in the last-level cache of the first CPU; 32 MiB if the system does not say."""
+    sizes = [0]
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = index.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes) or 32 << 20
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    metafunc.parametrize("way", WAYS)
+    metafunc.parametrize("rank", (8, 16, 64))
+
+
+def test_update(benchmark: Any, rank: int, way: str) -> None:
+    """One Mistral-7B layer under pytest-benchmark; grouped by rank."""
+    benchmark.group = f"Mistral-7B, rank {rank}"
+    benchmark.pedantic(
+        getattr(layer("Mistral-7B", rank), way), rounds=int(os.environ.get("ROUNDS", "5")), warmup_rounds=1
+    )
