@@ -79,7 +79,7 @@ void lowrank_add_cuda_(const std::vector<Tensor>& tensors, const std::vector<Ten
     }
     updates[device].push_back(std::move(update));
   }
-  STD_TORCH_CHECK(t == lora_A.size(), "lowrank_add_cuda_: there are more factors than n_terms says");
+  STD_TORCH_CHECK(t == lora_A.size(), "lowrank_add_cuda_: more factors than n_terms says");
 
   // All is checked before the first write.
   std::map<int, std::vector<cuda::Launch>> launches;

@@ -1,13 +1,16 @@
-// W <- round(W + sum_t s_t * B_t A_t) in place, for all weights of a table, in one pass over their memory.
+// W <- round(W + sum_t s_t * B_t A_t) in place, for all weights of a table, in one pass over their
+// memory.
 //
 // A block takes tile after tile of 64 x 128 elements. W streams: each thread copies those elements
-// that it will update into a ring in shared memory (cp.async), a few tiles ahead, so that memory is always
-// busy; it waits for its own copies only. The factors stay in L2: of each, 16 of the rank at a time pass
-// through registers, where they are cut into bf16 parts, into shared memory, in the order in which the tensor
-// cores want them. Sums stay in registers, and so does W from the ring to its way back.
+// that it will update into a ring in shared memory (cp.async), a few tiles ahead, so that memory is
+// always busy; it waits for its own copies only. The factors stay in L2: of each, 16 of the rank at
+// a time pass through registers, where they are cut into bf16 parts, into shared memory, in the
+// order in which the tensor cores want them. Sums stay in registers, and so does W from the ring to
+// its way back.
 //
-// Which element an mma calls which is up to us, as long as both factors agree. So of 32 columns each thread
-// has 8 that lie side by side (16 bytes of a half type), and of the rank the 4 that it loads.
+// Which element an mma calls which is up to us, as long as both factors agree. So of 32 columns
+// each thread has 8 that lie side by side (16 bytes of a half type), and of the rank the 4 that it
+// loads.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +20,7 @@
 
 namespace portllm::cuda {
 
-// -- the walk ---------------------------------------------------------------------------------------
+// -- the walk -------------------------------------------------------------------------------------
 
 // A tile, and where it lies.
 struct Tile {
@@ -77,7 +80,7 @@ struct Step : Tile {
   }
 };
 
-// -- factors: from global memory to registers -------------------------------------------------------
+// -- factors: from global memory to registers -----------------------------------------------------
 
 // What a thread loads for one step, as it lies in memory: of elements of 2 bytes, two in a word.
 struct Raw {
@@ -134,7 +137,8 @@ PORTLLM_DEVICE void load_line(uint32_t (&raw)[kWords], const void* p, DType dtyp
   }
 }
 
-// Which row of the tile's B a thread loads, and from which of the rank on: 16 neighbours differ in the row.
+// Which row of the tile's B a thread loads, and from which of the rank on: 16 neighbours differ in
+// the row.
 PORTLLM_DEVICE int b_row() { return thread_index() / 64 * 16 + thread_index() % 16; }
 PORTLLM_DEVICE int b_quad() { return thread_index() / 16 % 4; }
 // Which two columns of the tile's A: neighbours load neighbours.
@@ -183,10 +187,10 @@ PORTLLM_DEVICE void load_factors(Raw& raw, const Table& table, const Step& step)
   }
 }
 
-// -- factors: from registers to shared memory -------------------------------------------------------
+// -- factors: from registers to shared memory -----------------------------------------------------
 
-// In 512 bytes of a buffer lies what one mma (of A: two) takes: 16 bytes of each lane. Lanes are shuffled
-// such that neither the stores nor the loads of a quarter of a warp meet in one bank.
+// In 512 bytes of a buffer lies what one mma (of A: two) takes: 16 bytes of each lane. Lanes are
+// shuffled such that neither the stores nor the loads of a quarter of a warp meet in one bank.
 PORTLLM_DEVICE int shuffled(int lane) { return lane ^ lane >> 3; }
 
 constexpr int kParts = 3;
@@ -204,8 +208,8 @@ PORTLLM_DEVICE uint4* block_of_a(uint4* buffer, int block) {
 PORTLLM_DEVICE float low_bf16(uint32_t x) { return as_float(x << 16); }
 PORTLLM_DEVICE float high_bf16(uint32_t x) { return as_float(x & 0xffff0000u); }
 
-// Cuts two numbers into three parts each, that add up to them: 3 x 8 bits hold all 24. Returns whether
-// more than the first part is needed.
+// Cuts two numbers into three parts each, that add up to them: 3 x 8 bits hold all 24. Returns
+// whether more than the first part is needed.
 PORTLLM_DEVICE bool split(float x, float y, uint32_t (&parts)[kParts]) {
 #pragma unroll
   for (uint32_t& part : parts) {
@@ -281,7 +285,7 @@ PORTLLM_DEVICE bool store_factors(uint4* buffer, const Raw& raw, const Term& ter
   return more;
 }
 
-// -- products ---------------------------------------------------------------------------------------
+// -- products -------------------------------------------------------------------------------------
 
 // Of a warp: 32 x 32 elements, in 2 x 4 results of an mma.
 using Sums = float[2][4][4];
@@ -306,8 +310,8 @@ PORTLLM_DEVICE void multiply(Sums& sums, uint4* buffer) {
     }
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      // The product of the first parts comes last, or the small ones would be rounded off. The three
-      // that are left out are 2^-24 of the whole.
+      // The product of the first parts comes last, or the small ones would be rounded off. The
+      // three that are left out are 2^-24 of the whole.
 #pragma unroll
       for (int part_a = kN - 1; part_a >= 0; --part_a) {
         const uint4 x = block_of_a(buffer, 2 * warp_col() + j / 2)[part_a * 32 + (b_lane ^ 2 * j)];
@@ -328,7 +332,7 @@ PORTLLM_DEVICE void multiply(Sums& sums, uint4* buffer) {
   }
 }
 
-// -- W ----------------------------------------------------------------------------------------------
+// -- W --------------------------------------------------------------------------------------------
 
 template <DType kDType>
 PORTLLM_DEVICE uint32_t pack(float low, float high) {
@@ -374,7 +378,8 @@ struct AlignedWeight {
     }
   }
 
-  // Begins to copy a tile that is `ahead` tiles away into the ring; to be called for every tile, there or not.
+  // Begins to copy a tile that is `ahead` tiles away into the ring; to be called for every tile,
+  // there or not.
   PORTLLM_DEVICE void copy(const Table& table, const Tile& tile, int ahead) {
     if (tile.valid(table)) {
       const uint64_t policy = streaming_policy();
@@ -456,16 +461,17 @@ struct StridedWeight {
   }
 };
 
-// -- terms ------------------------------------------------------------------------------------------
+// -- terms ----------------------------------------------------------------------------------------
 
-// The sum of the terms that are complete, of each thread's elements; used by weights with several terms only, so
-// it costs no registers.
+// The sum of the terms that are complete, of each thread's elements; used by weights with several
+// terms only, so it costs no registers.
 struct Totals {
   float4* totals;
 
   PORTLLM_DEVICE float4& at(int i) const { return totals[i * kThreads + thread_index()]; }
 
-  // sums <- scaling * sums + what the earlier terms left; and leaves that, where a later term follows.
+  // sums <- scaling * sums + what the earlier terms left; and leaves that, where a later term
+  // follows.
   PORTLLM_DEVICE void fold(Sums& sums, float scaling, bool first, bool last) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -485,7 +491,7 @@ struct Totals {
   }
 };
 
-// -- the kernel -------------------------------------------------------------------------------------
+// -- the kernel -----------------------------------------------------------------------------------
 
 template <DType kDType, bool kAligned>
 PORTLLM_KERNEL(kThreads, kBlocksPerSm)

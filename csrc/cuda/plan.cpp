@@ -104,7 +104,8 @@ int slots_of(int64_t weights) {
 }
 
 // One launch for the chosen updates, whose terms lie behind the weights.
-Launch fill(const std::vector<Update>& updates, const std::vector<size_t>& chosen, bool is_aligned) {
+Launch fill(const std::vector<Update>& updates, const std::vector<size_t>& chosen,
+            bool is_aligned) {
   Launch launch{.dtype = updates[chosen[0]].w.dtype, .aligned = is_aligned};
   Table& table = launch.table;
   int slot = slots_of(chosen.size());

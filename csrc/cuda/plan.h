@@ -1,4 +1,5 @@
-// From the arguments of the op to tables for the kernel; runs on the host and knows neither torch nor CUDA.
+// From the arguments of the op to tables for the kernel; runs on the host and knows neither torch
+// nor CUDA.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +37,9 @@ struct Launch {
   Table table{};
 };
 
-// As few launches as the size of a table allows, for updates on one device. What has nothing to add is left
-// out. Throws std::invalid_argument, naming the weight by its place, if one cannot be updated.
+// As few launches as the size of a table allows, for updates on one device. What has nothing to add
+// is left out. Throws std::invalid_argument, naming the weight by its place, if one cannot be
+// updated.
 std::vector<Launch> plan(std::vector<Update> updates);
 
 }  // namespace portllm::cuda

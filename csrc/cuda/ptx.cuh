@@ -1,5 +1,5 @@
-// Every instruction and built-in that the kernel takes from the GPU, and nothing else: the tests put
-// another file of this name in its place to run the same kernel on a CPU (tests/cuda_emulator).
+// Every instruction and built-in that the kernel takes from the GPU, and nothing else: the tests
+// put another file of this name in its place to run the same kernel on a CPU (tests/cuda_emulator).
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,11 @@
-// Runs the CUDA kernel of csrc/cuda on a CPU, for tests; test_cuda_emulated.py builds it and calls it.
+// Runs the CUDA kernel of csrc/cuda on a CPU, for tests; test_cuda_emulated.py builds it and calls
+// it.
 //
-// The threads of a block are fibers, and the next one to run is drawn by lot whenever one waits. What a GPU
-// leaves open is resolved to the worst: shared memory begins as NaN, a cp.async moves its bytes only when
-// it is waited for and spoils their place until then, and a sum in an mma is cut off, not rounded. Any access
-// to global memory outside of the matrices, or not aligned, is an error, and so is writing W twice.
+// The threads of a block are fibers, and the next one to run is drawn by lot whenever one waits.
+// What a GPU leaves open is resolved to the worst: shared memory begins as NaN, a cp.async moves
+// its bytes only when it is waited for and spoils their place until then, and a sum in an mma is
+// cut off, not rounded. Any access to global memory outside of the matrices, or not aligned, is an
+// error, and so is writing W twice.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -148,7 +150,8 @@ double cut(double x, int exponent) {
   return static_cast<double>(static_cast<int64_t>(x * power(-exponent))) * power(exponent);
 }
 
-// c + sum of x y, as tensor cores may do it: all are cut off 24 bits below the leading bit of the largest.
+// c + sum of x y, as tensor cores may do it: all are cut off 24 bits below the leading bit of the
+// largest.
 float dot(const float* x, const float* y, float c) {
   double terms[17], largest = 0;
   for (int k = 0; k < 16; ++k) terms[k] = double{x[k]} * double{y[k]};

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/ptx.cuh: the same functions, for a CPU. What they mean is taken from the PTX ISA's
-// manual; how the threads of a block take turns is in emulator.cpp.
+// Stands in for csrc/cuda/ptx.cuh: the same functions, for a CPU. What they mean is taken from the
+// PTX ISA's manual; how the threads of a block take turns is in emulator.cpp.
 #pragma once
 
 #include <bit>
@@ -31,7 +31,8 @@ bool barrier_any(bool predicate);
 void cp_async16(uint4* shared, const void* global);
 void cp_async_commit();
 void cp_async_wait(int pending);
-// Throw unless all these bytes of global memory are there to be read (written, once), and so aligned.
+// Throw unless all these bytes of global memory are there to be read (written, once), and so
+// aligned.
 void check_read(const void* global, int bytes);
 void check_write(const void* global, int bytes);
 enum class Mma { bf16, fp16 };
@@ -90,7 +91,7 @@ inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   emulator::mma(emulator::Mma::fp16, d, a, b);
 }
 
-// The one NaN that the instruction gives.
+// The one NaN that an instruction gives, whatever those are that it takes.
 inline uint32_t canonical(float x, uint32_t bits) { return x != x ? 0x7fff : bits; }
 
 inline uint32_t pack_bf16(float low, float high) {
@@ -106,9 +107,12 @@ inline float widen_fp16(uint32_t x) { return widen(fp16{static_cast<uint16_t>(x)
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
-inline float add(float x, float y) { return x + y; }
-inline float subtract(float x, float y) { return x - y; }
-inline float multiply_add(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+inline float canonical(float x) { return x != x ? as_float(0x7fffffffu) : x; }
+inline float add(float x, float y) { return canonical(x + y); }
+inline float subtract(float x, float y) { return canonical(x - y); }
+inline float multiply_add(float x, float y, float z) {
+  return canonical(__builtin_fmaf(x, y, z));
+}
 
 inline uint32_t low_halves(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
 inline uint32_t high_halves(uint32_t x, uint32_t y) { return x >> 16 | (y & 0xffff0000u); }
