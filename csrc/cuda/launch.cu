@@ -78,7 +78,10 @@ Setup set_up(const Launch& launch, Kernel kernel, int device) {
   }
   setup.bytes = bytes(setup.stages);
   const auto* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, setup.bytes));
+  // What is allowed, not what is needed: that differs from launch to launch.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, per_block));
+  check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared));
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, setup.bytes));
   setup.most_blocks = std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device);
@@ -112,23 +115,22 @@ void start(const Launch& launch, int device, void* stream) {
 
 const char* problem() {
   static const std::string text = [] {
-    int count = 0, before = 0;
+    int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
-    if (error == cudaSuccess) error = cudaGetDevice(&before);
-    std::string why;
+    // Other devices are only asked for their number: to look for the kernel there would take memory.
     for (int device = 0; device < count && error == cudaSuccess; ++device) {
-      error = cudaSetDevice(device);
-      cudaFuncAttributes attributes;
-      const Kernel kernel = kernel_of(DType::bf16, true);
-      if (error == cudaSuccess) {
-        error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+      int major = 0;
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      if (error == cudaSuccess && major < 8) {
+        return "device " + std::to_string(device) + " is older than sm_80";
       }
-      if (error != cudaSuccess) why = " (device " + std::to_string(device) + ")";
     }
-    if (count > 0) cudaSetDevice(before);
+    cudaFuncAttributes attributes;
+    const auto* function = reinterpret_cast<const void*>(kernel_of(DType::bf16, true));
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, function);
     cudaGetLastError();
-    if (error != cudaSuccess) return "CUDA says: " + std::string(cudaGetErrorString(error)) + why;
-    return std::string(count ? "" : "there is no CUDA device");
+    if (error != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(error);
+    return std::string();
   }();
   return text.empty() ? nullptr : text.c_str();
 }
