@@ -270,7 +270,7 @@ MISTAKES = {
         "store_factors(half, raw, table.terms[now.term]) | true",
     ),
     "one buffer for two": ("second = !second;", ""),
-    "a row too many": ("row < w.m ? term.rank - k : 0", "term.rank - k"),
+    "a row too many": ("row + 8 < w.m ? left : 0", "left"),
     "the ring is too short": ("slot + ahead - table.stages", "slot + ahead - table.stages + 1"),
 }
 

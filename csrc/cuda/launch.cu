@@ -117,7 +117,7 @@ const char* problem() {
   static const std::string text = [] {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
-    // Other devices are only asked for their number: to look for the kernel there would take memory.
+    // Other devices are not looked into for the kernel: that would take memory there.
     for (int device = 0; device < count && error == cudaSuccess; ++device) {
       int major = 0;
       error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

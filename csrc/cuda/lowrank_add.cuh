@@ -14,6 +14,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "cuda/ptx.cuh"
 #include "cuda/table.h"
@@ -34,12 +35,12 @@ struct Tile {
   // Finds the place of an index that has grown.
   PORTLLM_DEVICE void locate(const Table& table) {
     // Most often it is this weight or the next; else log2(n_weights) steps find it.
-    if (index >= table.weights[weight].tile_end) {
+    if (index >= table.weights[weight].end_tile) {
       int low = weight + 1, high = table.n_weights - 1;
-      if (index < table.weights[low].tile_end) high = low;
+      if (index < table.weights[low].end_tile) high = low;
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (index < table.weights[middle].tile_end) {
+        if (index < table.weights[middle].end_tile) {
           high = middle;
         } else {
           low = middle + 1;
@@ -47,10 +48,17 @@ struct Tile {
       }
       weight = low;
     }
-    const int tiles_n = (table.weights[weight].n - 1) / kTileCols + 1;
-    const int local = index - (weight ? table.weights[weight - 1].tile_end : 0);
-    row = local / tiles_n * kTileRows;
-    col = local % tiles_n * kTileCols;
+    const Weight& w = table.weights[weight];
+    const int tiles_n = (w.n - 1) / kTileCols + 1, local = index - w.first_tile;
+    // The reciprocal is rounded down, so this may be one too small.
+    int tile_row = static_cast<int>(multiply_high(local, w.reciprocal));
+    int tile_col = local - tile_row * tiles_n;
+    if (tile_col >= tiles_n) {
+      ++tile_row;
+      tile_col -= tiles_n;
+    }
+    row = tile_row * kTileRows;
+    col = tile_col * kTileCols;
   }
 };
 
@@ -84,8 +92,8 @@ struct Step : Tile {
 
 // What a thread loads for one step, as it lies in memory: of elements of 2 bytes, two in a word.
 struct Raw {
-  uint32_t b[4];  // one row, four of the rank
-  uint32_t a[8];  // two columns, four of the rank
+  uint32_t b[4];  // two rows, each with two of the rank
+  uint32_t a[8];  // two columns, each with four of the rank; or four of the rank, each with two
 };
 
 PORTLLM_DEVICE bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
@@ -102,46 +110,57 @@ PORTLLM_DEVICE uint32_t load_single(const void* p, DType dtype) {
   return as_bits(static_cast<float>(load_readonly<double>(p)));
 }
 
-// Four elements along the rank, of which `left` exist.
-template <int kAt, int kWords>
-PORTLLM_DEVICE void load_line(uint32_t (&raw)[kWords], const void* p, DType dtype, Access access,
-                              int64_t stride_k, int left) {
-  // Elements of 2 bytes fill two words, those of 4 bytes four; the second line follows the first.
-  constexpr int kHalf = kAt / 2;
-  if (access == Access::along_rank) {
+// A vector of 2 or 4 elements of 2 or 4 bytes.
+template <int kCount, bool kHalf>
+using Vector = std::conditional_t<kCount == 4 && !kHalf, uint4,
+                                  std::conditional_t<kCount == 2 && kHalf, uint32_t, uint2>>;
+
+PORTLLM_DEVICE void unpack(uint32_t* raw, uint32_t x) { raw[0] = x; }
+PORTLLM_DEVICE void unpack(uint32_t* raw, uint2 x) {
+  raw[0] = x.x;
+  raw[1] = x.y;
+}
+PORTLLM_DEVICE void unpack(uint32_t* raw, uint4 x) {
+  raw[0] = x.x;
+  raw[1] = x.y;
+  raw[2] = x.z;
+  raw[3] = x.w;
+}
+
+// Line number kLine: kCount elements, of which `left` exist: all or none, if one load takes them
+// all.
+template <int kLine, int kCount>
+PORTLLM_DEVICE void load_line(uint32_t* raw, const void* p, DType dtype, bool vector,
+                              int64_t stride, int left) {
+  if (vector) {
     if (left <= 0) return;
     if (is_half(dtype)) {
-      const uint2 x = load_readonly<uint2>(p);
-      raw[kHalf] = x.x;
-      raw[kHalf + 1] = x.y;
+      unpack(raw + kLine * kCount / 2, load_readonly<Vector<kCount, true>>(p));
     } else {
-      const uint4 x = load_readonly<uint4>(p);
-      raw[kAt] = x.x;
-      raw[kAt + 1] = x.y;
-      raw[kAt + 2] = x.z;
-      raw[kAt + 3] = x.w;
+      unpack(raw + kLine * kCount, load_readonly<Vector<kCount, false>>(p));
     }
     return;
   }
-  uint32_t x[4] = {};
+  uint32_t x[kCount] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i < left) x[i] = load_single(offset(p, dtype, i * stride_k), dtype);
+  for (int i = 0; i < kCount; ++i) {
+    if (i < left) x[i] = load_single(offset(p, dtype, i * stride), dtype);
   }
-  if (is_half(dtype)) {
-    raw[kHalf] = low_halves(x[0], x[1]);
-    raw[kHalf + 1] = low_halves(x[2], x[3]);
-  } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) raw[kAt + i] = x[i];
+  for (int i = 0; i < kCount; ++i) {
+    if (!is_half(dtype)) {
+      raw[kLine * kCount + i] = x[i];
+    } else if (i % 2 == 0) {
+      raw[(kLine * kCount + i) / 2] = low_halves(x[i], x[i + 1]);
+    }
   }
 }
 
-// Which row of the tile's B a thread loads, and from which of the rank on: 16 neighbours differ in
-// the row.
-PORTLLM_DEVICE int b_row() { return thread_index() / 64 * 16 + thread_index() % 16; }
-PORTLLM_DEVICE int b_quad() { return thread_index() / 16 % 4; }
-// Which two columns of the tile's A: neighbours load neighbours.
+// Of each 16 rows of the tile's B a thread loads row i and row i + 8, two of the rank.
+PORTLLM_DEVICE int b_block() { return thread_index() / 64; }
+PORTLLM_DEVICE int b_row() { return thread_index() / 8 % 8; }
+PORTLLM_DEVICE int b_pair() { return thread_index() % 8; }
+// Of the tile's A two columns, four of the rank.
 PORTLLM_DEVICE int a_pair() { return thread_index() % 64; }
 PORTLLM_DEVICE int a_quad() { return thread_index() / 64; }
 
@@ -154,36 +173,31 @@ PORTLLM_DEVICE void load_factors(Raw& raw, const Table& table, const Step& step)
   for (uint32_t& x : raw.a) x = 0;
 
   {
-    const int row = step.row + b_row(), k = step.k + 4 * b_quad();
-    const void* p =
-        offset(term.b, term.b_dtype, row * term.b_stride_m + k * term.b_stride_k);
-    const int left = row < w.m ? term.rank - k : 0;
-    load_line<0>(raw.b, p, term.b_dtype, term.b_access, term.b_stride_k, left);
+    const int row = step.row + 16 * b_block() + b_row(), k = step.k + 2 * b_pair();
+    const void* p = offset(term.b, term.b_dtype, row * term.b_stride_m + k * term.b_stride_k);
+    const void* q = offset(p, term.b_dtype, 8 * term.b_stride_m);
+    const bool vector = term.b_access == Access::along_rank;
+    const int left = term.rank - k;
+    load_line<0, 2>(raw.b, p, term.b_dtype, vector, term.b_stride_k, row < w.m ? left : 0);
+    load_line<1, 2>(raw.b, q, term.b_dtype, vector, term.b_stride_k, row + 8 < w.m ? left : 0);
   }
 
   const int col = step.col + 2 * a_pair(), k = step.k + 4 * a_quad();
+  const int left_k = term.rank - k, left_n = w.n - col;
   const void* p = offset(term.a, term.a_dtype, k * term.a_stride_k + col * term.a_stride_n);
   if (term.a_access == Access::along_columns) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (col >= w.n || k + i >= term.rank) continue;
-      const void* q = offset(p, term.a_dtype, i * term.a_stride_k);
-      if (is_half(term.a_dtype)) {
-        raw.a[i] = load_readonly<uint32_t>(q);
-      } else {
-        const uint2 x = load_readonly<uint2>(q);
-        raw.a[2 * i] = x.x;
-        raw.a[2 * i + 1] = x.y;
-      }
-    }
-  } else {
-    const int left = term.rank - k;
-    const auto load = [&]<int kLine>() {
-      load_line<4 * kLine>(raw.a, offset(p, term.a_dtype, kLine * term.a_stride_n), term.a_dtype,
-                           term.a_access, term.a_stride_k, col + kLine < w.n ? left : 0);
+    const int64_t bytes = term.a_stride_k * (is_half(term.a_dtype) ? 2 : 4);
+    const auto load = [&]<int... kLine>(std::integer_sequence<int, kLine...>) {
+      (load_line<kLine, 2>(raw.a, static_cast<const char*>(p) + kLine * bytes, term.a_dtype, true,
+                           1, kLine < left_k ? left_n : 0),
+       ...);
     };
-    load.template operator()<0>();
-    load.template operator()<1>();
+    load(std::make_integer_sequence<int, 4>());
+  } else {
+    const void* q = offset(p, term.a_dtype, term.a_stride_n);
+    const bool vector = term.a_access == Access::along_rank;
+    load_line<0, 4>(raw.a, p, term.a_dtype, vector, term.a_stride_k, left_n > 0 ? left_k : 0);
+    load_line<1, 4>(raw.a, q, term.a_dtype, vector, term.a_stride_k, left_n > 1 ? left_k : 0);
   }
 }
 
@@ -220,7 +234,7 @@ PORTLLM_DEVICE bool split(float x, float y, uint32_t (&parts)[kParts]) {
   return ((parts[1] | parts[2]) & 0x7fff7fffu) != 0;
 }
 
-PORTLLM_DEVICE void unpack(uint32_t x, DType dtype, float& low, float& high) {
+PORTLLM_DEVICE void widen(uint32_t x, DType dtype, float& low, float& high) {
   if (dtype == DType::bf16) {
     low = low_bf16(x);
     high = high_bf16(x);
@@ -230,18 +244,19 @@ PORTLLM_DEVICE void unpack(uint32_t x, DType dtype, float& low, float& high) {
   }
 }
 
-// Writes four elements along the rank: two words if they are of 2 bytes, else four.
-PORTLLM_DEVICE bool store_line(uint4* block, int lane, int half, Products products, DType dtype,
-                               const uint32_t (&words)[2], const uint32_t (&singles)[4]) {
-  uint2* out = reinterpret_cast<uint2*>(block) + 2 * lane + half;
+// Writes two pairs along the rank to one half of a lane's 16 bytes: of elements of 2 bytes a pair
+// is a word, of others it is two.
+PORTLLM_DEVICE bool store_pairs(uint4* block, int lane, int half, Products products, DType dtype,
+                                const uint32_t (&words)[2], const uint32_t (&singles)[4]) {
+  uint2* out = reinterpret_cast<uint2*>(block + lane) + half;
   if (products != Products::split) {
     out[0] = {words[0], words[1]};
     return false;
   }
   float x[4];
   if (is_half(dtype)) {
-    unpack(words[0], dtype, x[0], x[1]);
-    unpack(words[1], dtype, x[2], x[3]);
+    widen(words[0], dtype, x[0], x[1]);
+    widen(words[1], dtype, x[2], x[3]);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = as_float(singles[i]);
@@ -255,32 +270,26 @@ PORTLLM_DEVICE bool store_line(uint4* block, int lane, int half, Products produc
 
 // Returns whether this thread's elements need more than their first part.
 PORTLLM_DEVICE bool store_factors(uint4* buffer, const Raw& raw, const Term& term) {
-  bool more = false;
-  {
-    const int row = b_row() % 16, block = b_row() / 16;
-    const uint32_t words[2] = {raw.b[0], raw.b[1]};
-    more |= store_line(block_of_b(buffer, block), shuffled(row % 8 * 4 + b_quad()), row / 8,
-                       term.products, term.b_dtype, words, raw.b);
-  }
+  // An mma calls the four of the rank that one of its threads has 2t, 2t + 1, 2t + 8 and 2t + 9.
+  const uint32_t pairs[2] = {raw.b[0], raw.b[1]};
+  bool more = store_pairs(block_of_b(buffer, b_block()), shuffled(b_row() * 4 + b_pair() / 2),
+                          b_pair() % 2, term.products, term.b_dtype, pairs, raw.b);
   // Of 32 columns a thread of the mma has 8, in 4 of its blocks of 8 columns two each.
   const int pair = a_pair() % 16, thread = pair / 4, n_block = pair % 4;
   uint4* block = block_of_a(buffer, a_pair() / 16 * 2 + n_block / 2);
   const bool columns = term.a_access == Access::along_columns;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t words[2] = {
-        !columns ? raw.a[2 * i]
-        : i      ? high_halves(raw.a[0], raw.a[1])
-                 : low_halves(raw.a[0], raw.a[1]),
-        !columns ? raw.a[2 * i + 1]
-        : i      ? high_halves(raw.a[2], raw.a[3])
-                 : low_halves(raw.a[2], raw.a[3]),
-    };
-    uint32_t singles[4];
+    uint32_t words[2], singles[4];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t x = raw.a[2 * k], y = raw.a[2 * k + 1];
+      words[k] = !columns ? raw.a[2 * i + k] : i == 0 ? low_halves(x, y) : high_halves(x, y);
+    }
 #pragma unroll
     for (int k = 0; k < 4; ++k) singles[k] = columns ? raw.a[2 * k + i] : raw.a[4 * i + k];
     const int lane = shuffled((2 * thread + i) * 4 + a_quad()) ^ n_block / 2 * 4;
-    more |= store_line(block, lane, n_block % 2, term.products, term.a_dtype, words, singles);
+    more |= store_pairs(block, lane, n_block % 2, term.products, term.a_dtype, words, singles);
   }
   return more;
 }
@@ -304,8 +313,8 @@ PORTLLM_DEVICE void multiply(Sums& sums, uint4* buffer) {
     for (int part = 0; part < kN; ++part) {
       const uint4 x = block_of_b(buffer, 2 * warp_row() + i)[part * 32 + b_lane];
       b[part][0] = x.x;
-      b[part][1] = x.z;
-      b[part][2] = x.y;
+      b[part][1] = x.y;
+      b[part][2] = x.z;
       b[part][3] = x.w;
     }
 #pragma unroll
@@ -367,14 +376,15 @@ struct AlignedWeight {
     const Weight& w = table.weights[tile.weight];
     const int col = thread_col(tile), m = w.m, n = w.n;
     const int64_t stride = w.row_stride * kBytes;
-    char* p = static_cast<char*>(w.data) + thread_row(tile, 0) * stride + int64_t{col} * kBytes;
+    char* p = static_cast<char*>(w.data) + thread_row(tile, 0) * stride + col * kBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const bool inside = thread_row(tile, i) < m && col + v * kVector < n;
-        if (inside) f(p + i * 8 * stride + v * 16, i, v);
+        if (inside) f(p + v * 16, i, v);
       }
+      p += 8 * stride;
     }
   }
 
@@ -415,7 +425,7 @@ struct AlignedWeight {
           words[c] = as_bits(add(as_float(words[c]), sums[i / 2][e / 2][i % 2 * 2 + e % 2]));
         } else {
           float low, high;
-          unpack(words[c], kDType, low, high);
+          widen(words[c], kDType, low, high);
           words[c] = pack<kDType>(add(low, sums[i / 2][c][i % 2 * 2]),
                                   add(high, sums[i / 2][c][i % 2 * 2 + 1]));
         }
@@ -453,7 +463,7 @@ struct StridedWeight {
           store(p + e * w.col_stride, add(x, sum));
         } else {
           float low, high;
-          unpack(x, kDType, low, high);
+          widen(x, kDType, low, high);
           store(p + e * w.col_stride, static_cast<uint16_t>(pack<kDType>(add(low, sum), 0.f)));
         }
       }
@@ -476,17 +486,12 @@ struct Totals {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float (&x)[4] = sums[i / 4][i % 4];
-      float4 total = {};
-      if (!first) total = at(i);
-      total.x = multiply_add(scaling, x[0], total.x);
-      total.y = multiply_add(scaling, x[1], total.y);
-      total.z = multiply_add(scaling, x[2], total.z);
-      total.w = multiply_add(scaling, x[3], total.w);
-      if (!last) at(i) = total;
-      x[0] = total.x;
-      x[1] = total.y;
-      x[2] = total.z;
-      x[3] = total.w;
+      const float4 before = first ? float4{} : at(i);
+      x[0] = multiply_add(scaling, x[0], before.x);
+      x[1] = multiply_add(scaling, x[1], before.y);
+      x[2] = multiply_add(scaling, x[2], before.z);
+      x[3] = multiply_add(scaling, x[3], before.w);
+      if (!last) at(i) = {x[0], x[1], x[2], x[3]};
     }
   }
 };

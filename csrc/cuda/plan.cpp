@@ -20,7 +20,8 @@ bool at_multiple(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-int64_t tiles(const Update& u) { return ceil_div(u.m, kTileRows) * ceil_div(u.n, kTileCols); }
+int64_t tiles_n(const Update& u) { return ceil_div(u.n, kTileCols); }
+int64_t tiles(const Update& u) { return ceil_div(u.m, kTileRows) * tiles_n(u); }
 
 // The same problem for the transposed weight: W^T += sum s A^T B^T.
 void transpose(Update& u) {
@@ -58,24 +59,23 @@ bool aligned(const Update& u) {
          u.n * size % 16 == 0 && at_multiple(u.w.data, 16);
 }
 
-// How to load x, seen as lines along the rank.
-bool along_rank(const Matrix& x, int64_t stride_k, int64_t line_stride, int64_t rank) {
-  return bytes(x.dtype) <= 4 && stride_k == 1 && line_stride % 4 == 0 && rank % 4 == 0 &&
-         at_multiple(x.data, 4 * bytes(x.dtype));
+// Whether `count` neighbours can be loaded at once, on lines of so many elements.
+bool vectors(const Matrix& x, int64_t stride, int64_t line_stride, int64_t length, int count) {
+  return bytes(x.dtype) <= 4 && stride == 1 && line_stride % count == 0 && length % count == 0 &&
+         at_multiple(x.data, count * bytes(x.dtype));
 }
 
 Access access_of_a(const Product& term, int64_t n) {
   const Matrix& a = term.a;
-  if (bytes(a.dtype) <= 4 && a.col_stride == 1 && a.row_stride % 2 == 0 && n % 2 == 0 &&
-      at_multiple(a.data, 2 * bytes(a.dtype))) {
-    return Access::along_columns;
-  }
-  return along_rank(a, a.row_stride, a.col_stride, term.rank) ? Access::along_rank : Access::single;
+  if (vectors(a, a.col_stride, a.row_stride, n, 2)) return Access::along_columns;
+  return vectors(a, a.row_stride, a.col_stride, term.rank, 4) ? Access::along_rank
+                                                                 : Access::single;
 }
 
 Access access_of_b(const Product& term) {
   const Matrix& b = term.b;
-  return along_rank(b, b.col_stride, b.row_stride, term.rank) ? Access::along_rank : Access::single;
+  return vectors(b, b.col_stride, b.row_stride, term.rank, 2) ? Access::along_rank
+                                                                 : Access::single;
 }
 
 Term row(const Product& term, int64_t n) {
@@ -111,15 +111,19 @@ Launch fill(const std::vector<Update>& updates, const std::vector<size_t>& chose
   int slot = slots_of(chosen.size());
   for (const size_t i : chosen) {
     const Update& u = updates[i];
-    table.n_tiles += static_cast<int32_t>(tiles(u));
-    table.weights[table.n_weights++] = {.data = u.w.data,
-                                        .row_stride = u.w.row_stride,
-                                        .col_stride = u.w.col_stride,
-                                        .m = static_cast<int32_t>(u.m),
-                                        .n = static_cast<int32_t>(u.n),
-                                        .tile_end = table.n_tiles,
-                                        .first_term = static_cast<uint16_t>(slot),
-                                        .n_terms = static_cast<uint16_t>(u.terms.size())};
+    Weight& w = table.weights[table.n_weights++];
+    w = {.data = u.w.data,
+         .row_stride = u.w.row_stride,
+         .col_stride = u.w.col_stride,
+         .m = static_cast<int32_t>(u.m),
+         .n = static_cast<int32_t>(u.n),
+         .first_tile = table.n_tiles,
+         .end_tile = table.n_tiles + static_cast<int32_t>(tiles(u)),
+         .reciprocal =
+             static_cast<uint32_t>(std::min((int64_t{1} << 32) / tiles_n(u), int64_t{UINT32_MAX})),
+         .first_term = static_cast<uint16_t>(slot),
+         .n_terms = static_cast<uint16_t>(u.terms.size())};
+    table.n_tiles = w.end_tile;
     for (const Product& term : u.terms) table.terms[slot++] = row(term, u.n);
     launch.several_terms |= u.terms.size() > 1;
   }

@@ -114,6 +114,9 @@ PORTLLM_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }
 PORTLLM_DEVICE float subtract(float x, float y) { return __fsub_rn(x, y); }
 PORTLLM_DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 
+// The high word of a product.
+PORTLLM_DEVICE uint32_t multiply_high(uint32_t x, uint32_t y) { return __umulhi(x, y); }
+
 // The low halves of x and y in one word, and the high halves.
 PORTLLM_DEVICE uint32_t low_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
 PORTLLM_DEVICE uint32_t high_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }

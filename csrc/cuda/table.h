@@ -15,7 +15,7 @@ enum class DType : uint8_t { bf16, fp16, fp32, fp64 };
 // Which elements of a factor one load takes.
 enum class Access : uint8_t {
   single,         // one: whatever the strides
-  along_rank,     // four neighbours along the rank
+  along_rank,     // two neighbours along the rank; of A four
   along_columns,  // two neighbouring columns; of A only
 };
 
@@ -48,11 +48,13 @@ struct Weight {
   int64_t col_stride;
   int32_t m;
   int32_t n;
-  int32_t tile_end;     // tiles of all weights up to the end of this one
+  int32_t first_tile;  // among those of all weights
+  int32_t end_tile;
+  uint32_t reciprocal;  // of its tiles in a row, times 2^32, to divide by them
   uint16_t first_term;  // its slot in the table
   uint16_t n_terms;
 };
-static_assert(sizeof(Weight) == 40);
+static_assert(sizeof(Weight) == 48);
 
 // A launch takes 32764 bytes of arguments since CUDA 12.1, from the first Volta on.
 constexpr int kSlots = 511;

@@ -114,6 +114,10 @@ inline float multiply_add(float x, float y, float z) {
   return canonical(__builtin_fmaf(x, y, z));
 }
 
+inline uint32_t multiply_high(uint32_t x, uint32_t y) {
+  return static_cast<uint32_t>(uint64_t{x} * y >> 32);
+}
+
 inline uint32_t low_halves(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
 inline uint32_t high_halves(uint32_t x, uint32_t y) { return x >> 16 | (y & 0xffff0000u); }
 
