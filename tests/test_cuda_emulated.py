@@ -7,6 +7,7 @@ What the tests of the op ask of every backend is asked here of the kernel.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import random
@@ -237,6 +238,26 @@ def test_launches_and_what_is_left_out(emulator: Emulator) -> None:
     assert emulator.update([(torch.ones(4, 4), [(torch.ones(0, 4), torch.ones(4, 0), 1.0)] * 0)]) == 0
     with pytest.raises(RuntimeError, match=r"weights\[1\] has elements that share memory"):
         emulator.update([jobs[0], (torch.ones(1, 8).expand(4, 8), plain((4, 8), FP32, (1, FP32))[1])])
+
+
+def test_rows_that_lie_far_apart(emulator: Emulator) -> None:
+    """Offsets of more than 32 bits, in every matrix and on both ways through W."""
+    stride, rows = 2**31 + 16, 3
+    no_reserve = 0x4000  # only the pages that are touched take memory
+    far = []
+    for _ in range(3):
+        try:
+            memory = mmap.mmap(-1, 2 * rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        except OSError:
+            pytest.skip("there is too little address space")
+        far.append(torch.frombuffer(memory, dtype=BF16).as_strided((rows, 16), (stride, 1)))
+        far[-1].copy_(torch.randn(rows, 16))
+    weight, b, a = far[0], far[1][:, :rows], far[2]
+    for view in (weight, weight[:, 1:]):
+        terms = [(a[:, 16 - view.shape[1] :], b, 0.5)]
+        old = view.clone()
+        emulator.update([(view, terms)])
+        check(old, terms, view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
