@@ -8,7 +8,9 @@ Each way updates every weight of the model once. The limit is a pass that reads 
 computes next to nothing. All ways of a case run in one process, in turn, round after round, timed by CUDA events;
 figures are medians. Before the timing each way of portllm is held against float64: what is wrong is not timed.
 
-For tuning: PORTLLM_CUDA_STAGES=2, 3 or 4 sets how many tiles of W the CUDA kernel keeps under way.
+For tuning, PORTLLM_CUDA_STAGES=2, 3 or 4 sets how many tiles of W the CUDA kernel keeps under way:
+
+    for s in 2 3 4; do PORTLLM_CUDA_STAGES=$s python benchmarks/bench_gpu.py --quick --ranks 16 --ways cuda; done
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +67,15 @@ class Setting(NamedTuple):
         return f"{self.model}, r={self.rank}, {self.patches} x {self.factors}"
 
 
-def settings(quick: bool, models: list[str]) -> Iterator[Setting]:
+def settings(quick: bool, models: list[str], some_ranks: list[int] | None) -> Iterator[Setting]:
     """What is measured: the first model in full, the others at two ranks."""
     for i, model in enumerate(models):
-        ranks = (16, 64) if quick or i else (8, 16, 32, 64, 128, 256)
+        ranks = some_ranks or ((16, 64) if quick or i else (8, 16, 32, 64, 128, 256))
         for rank in ranks:
             for factors in ("fp32", "bf16"):
                 if not quick or (i == 0 or (rank, factors) == (16, "fp32")):
                     yield Setting(model, rank, 1, factors)
-        for patches in () if i else (4,) if quick else (2, 4, 8, 16):
+        for patches in () if i or some_ranks else (4,) if quick else (2, 4, 8, 16):
             yield Setting(model, 16, patches, "fp32")
 
 
@@ -93,23 +96,25 @@ class Case:
         self.bytes = sum(2 * w.nbytes for w in self.weights)
         self._halves: list[tuple[Tensor, Tensor]] = []
 
-    def ways(self) -> dict[str, Callable[[], None]]:
-        """By name, those that run here."""
-        ways: dict[str, Callable[[], None]] = {"limit": self.limit}
-        for backend in ("cpu", "triton", "cuda"):
-            if ops.unavailable(backend) is None and (backend == "cpu") == (self.device.type == "cpu"):
-                ways[backend] = lambda backend=backend: self.portllm(backend)
-        if "triton" in ways:
-            ways["triton, prepared"] = self._triton_prepared()
-        ways["addmm_"] = self.addmm_
-        for name in ("cuda", "addmm_"):
-            if self.device.type == "cuda" and name in ways:
-                ways[f"{name}, graph"] = self._captured(ways[name])
-        try:
-            ways["peft"] = self._peft()
-        except ImportError:
-            print("peft is not installed: left out")
-        return ways
+    def ways(self) -> dict[str, Callable[[], Callable[[], None]]]:
+        """By name, what prepares each way that there is on this device."""
+        if self.device.type == "cpu":
+            return {
+                "limit": lambda: self.limit,
+                "cpu": lambda: partial(self.portllm, "cpu"),
+                "addmm_": lambda: self.addmm_,
+                "peft": self._peft,
+            }
+        return {
+            "limit": lambda: self.limit,
+            "triton": lambda: partial(self.portllm, "triton"),
+            "triton, prepared": self._triton_prepared,
+            "cuda": lambda: partial(self.portllm, "cuda"),
+            "cuda, graph": lambda: self._captured(partial(self.portllm, "cuda")),
+            "addmm_": lambda: self.addmm_,
+            "addmm_, graph": lambda: self._captured(self.addmm_),
+            "peft": self._peft,
+        }
 
     def limit(self) -> None:
         """Read and write each weight once; an integer op, so that nothing but the memory is timed."""
@@ -224,18 +229,22 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(case: Case, rounds: int, wanted: list[str] | None) -> dict[str, dict[str, Any]]:
     """For each way seconds (median, 20th and 80th percentile) and extra memory, or why it was not timed."""
     clock = Clock(case.device)
-    ways = case.ways()
+    ways: dict[str, Callable[[], None]] = {}
     results: dict[str, dict[str, Any]] = {}
-    for way, call in list(ways.items()):
-        wrong = None if way == "limit" else case.check(way, call)
-        if wrong:
-            results[way] = {"wrong": wrong}
-            del ways[way]
-        else:
-            results[way] = {"extra_bytes": clock.extra_bytes(call)}
+    for way, prepare in case.ways().items():
+        if wanted and way not in ("limit", *wanted):
+            continue
+        try:
+            call = prepare()
+            wrong = None if way == "limit" else case.check(way, call)
+            results[way] = {"wrong": wrong} if wrong else {"extra_bytes": clock.extra_bytes(call)}
+        except Exception as error:  # not built, not installed, out of memory: the others go on
+            results[way] = {"wrong": f"{type(error).__name__}: {error}".splitlines()[0]}
+        if "wrong" not in results[way]:
+            ways[way] = call
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, call in ways.items():
@@ -268,7 +277,7 @@ def fitting(setting: Setting, model: tuple[Shapes, int], device: torch.device) -
 def line(case: Case, way: str, ways: dict[str, dict[str, Any]]) -> str:
     result = ways[way]
     if "wrong" in result:
-        return f"  {way:18} WRONG, not timed: {result['wrong']}"
+        return f"  {way:18} not timed: {result['wrong']}"
     seconds = result["seconds"]
 
     def times(other: str) -> str:
@@ -318,6 +327,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer settings and rounds")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=None)
+    parser.add_argument("--ranks", nargs="*", type=int, default=None)
+    parser.add_argument("--ways", nargs="*", default=None, help="only these, and the limit")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", type=Path, default=None)
@@ -336,7 +347,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         names = names[:1]
     rounds = options.rounds or (3 if device.type == "cpu" else 10 if options.quick else 30)
     cases: list[dict[str, Any]] = []
-    for setting in settings(options.quick or device.type == "cpu", names):
+    for setting in settings(options.quick or device.type == "cpu", names, options.ranks):
         shapes = fitting(setting, models[setting.model], device)
         layers = len(shapes) // len(models[setting.model][0])
         case = Case(setting, shapes, device)
@@ -345,7 +356,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             f"  {'way':18}{'ms':>10}{'p20':>10}{'p80':>10}{'GB/s':>9}{'% limit':>9}{'x addmm_':>9}{'x peft':>9}", end=""
         )
         print(f"{'extra MiB':>12}", flush=True)
-        ways = measure(case, rounds)
+        ways = measure(case, rounds, options.ways)
         for way in ways:
             print(line(case, way, ways), flush=True)
         cases.append({**setting._asdict(), "layers": layers, "bytes": case.bytes, "ways": ways})
