@@ -314,7 +314,8 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
             ]
             axis.plot(*zip(*points, strict=True), marker="o", label=way) if points else None
         axis.set(title=f"{cases[0]['model']}, {factors} factors", xlabel="rank", xscale="log", ylim=(0, 105))
-        axis.set_xticks([case["rank"] for case in rows], [str(case["rank"]) for case in rows], minor=False)
+        axis.minorticks_off()
+        axis.set_xticks([case["rank"] for case in rows], [str(case["rank"]) for case in rows])
     axes[0].set_ylabel("% of an in-place pass over the weights")
     axes[-1].legend(fontsize="small")
     figure.tight_layout()
