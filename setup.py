@@ -67,11 +67,12 @@ def cuda_targets(nvcc: str) -> list[str]:
     for name in filter(None, wanted):
         number, _, ptx = name.partition("+")
         number = number.replace(".", "")
-        if f"compute_{number.rstrip('af')}" in known:
+        bare = number.rstrip("af")  # 9.0a and 10.0f are variants of 9.0 and 10.0
+        if f"compute_{bare}" in known and int(bare) >= 80:  # cp.async and mma of bf16 came with that
             code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
             flags.append(f"-gencode=arch=compute_{number},code={code}")
     if not flags:
-        raise ValueError(f"nvcc knows none of the GPUs in TORCH_CUDA_ARCH_LIST={';'.join(wanted)}")
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST={';'.join(wanted)} has no GPU from sm_80 on that nvcc knows")
     return flags
 
 
