@@ -43,7 +43,7 @@ build: $(VENV)/installed  ## build a wheel, with the native library where there 
 	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist portllm.egg-info portllm/libportllm.so
+	rm -rf $(VENV) build dist portllm.egg-info portllm/libportllm*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find portllm kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

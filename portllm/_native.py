@@ -1,4 +1,4 @@
-"""Finds and loads the compiled library, which only adds implementations to ops defined in ``portllm.ops``."""
+"""Finds and loads the compiled libraries, which only add implementations to ops defined in ``portllm.ops``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libportllm.so")  # setup.py builds it under this name
+# setup.py builds them under these names.
+LIBRARY = Path(__file__).with_name("libportllm.so")
+CUDA_LIBRARY = Path(__file__).with_name("libportllm_cuda.so")
 
 
 @cache
@@ -33,6 +35,25 @@ def load() -> str | None:
     if _chosen_isa() is None:
         return f"PORTLLM_CPU_ISA={os.environ.get('PORTLLM_CPU_ISA')} is unknown, or this CPU lacks it"
     return None
+
+
+@cache
+def load_cuda() -> str | None:
+    """Load the library of the CUDA kernel, as ``load`` does; only where torch sees a GPU."""
+    if os.environ.get("PORTLLM_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "disabled by PORTLLM_DISABLE_NATIVE"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not CUDA_LIBRARY.exists():
+        return "the library for CUDA was not built: it needs nvcc (`pip install -v --no-build-isolation` says more)"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"the library for CUDA does not load: {str(error).splitlines()[0]}"
+    function = ctypes.CDLL(str(CUDA_LIBRARY)).portllm_cuda_problem
+    function.restype = ctypes.c_char_p
+    problem: bytes | None = function()
+    return problem.decode() if problem else None
 
 
 def isa() -> str | None:

@@ -26,7 +26,8 @@ PLACES = [("torch", "cpu")]
 if ops.unavailable("cpu") is None:
     PLACES.append(("cpu", "cpu"))
 if torch.cuda.is_available():
-    PLACES += [("torch", "cuda"), *([("triton", "cuda")] if ops.unavailable("triton") is None else [])]
+    PLACES += [("torch", "cuda"), *((name, "cuda") for name in ("triton", "cuda") if ops.unavailable(name) is None)]
+NO_FP64 = ("triton", "cuda")
 places = pytest.mark.parametrize("backend, device", PLACES, ids=[f"{b}-{d}" for b, d in PLACES])
 quick = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
@@ -149,7 +150,7 @@ _case = st.builds(
 def test_within_the_bound_of_float64_whatever_the_shape_dtype_and_strides(
     backend: str, device: str, cases: list[Case]
 ) -> None:
-    if backend == "triton":
+    if backend in NO_FP64:
         cases = [case for case in cases if case.dtype != FP64]
     made = [case.make(device) for case in cases]
     before = [(weight.clone(), whole.clone()) for weight, whole, _ in made]
@@ -169,8 +170,8 @@ def test_within_the_bound_of_float64_whatever_the_shape_dtype_and_strides(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, rank", [((1000, 63), 16), ((63, 1000), 1), ((5, 1000), 1024), ((1000, 7), 333)])
 def test_large_and_odd(backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
-    if backend == "triton" and dtype == FP64:
-        pytest.skip("triton has no fp64")
+    if backend in NO_FP64 and dtype == FP64:
+        pytest.skip(f"{backend} has no fp64")
     factors = BF16 if rank == 333 else FP32
     case = Case(shape, dtype, "columns", ((rank, factors, factors, "plain", "rows", 0.7),))
     weight, _, terms = case.make(device)
@@ -183,8 +184,8 @@ def test_large_and_odd(backend: str, device: str, dtype: torch.dtype, shape: tup
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_sums_give_the_same_bits_everywhere(backend: str, device: str, dtype: torch.dtype) -> None:
     """Small integers: every order of summation is exact, so only the one rounding at the end is left."""
-    if backend == "triton" and dtype == FP64:
-        pytest.skip("triton has no fp64")
+    if backend in NO_FP64 and dtype == FP64:
+        pytest.skip(f"{backend} has no fp64")
     for shape, ranks in [((1, 1), (1,)), ((63, 130), (4, 9)), ((129, 1000), (32,)), ((65, 64), (1, 2, 64))]:
         weight = torch.randint(-300, 300, shape).to(dtype)
         terms = [
@@ -398,11 +399,11 @@ def test_a_weight_without_data_among_others_is_an_error() -> None:
     assert torch.equal(lists["weights"][0], before)
 
 
-@pytest.mark.parametrize("backend", ["nonsense", "", "CPU", "cuda"])
+@pytest.mark.parametrize("backend", ["nonsense", "", "CPU", "gpu"])
 def test_unknown_backends(backend: str) -> None:
     lists = _valid()
     before = [weight.clone() for weight in lists["weights"]]
-    with pytest.raises(BackendError, match=f"no backend '{backend}'; choose from torch, cpu, triton"):
+    with pytest.raises(BackendError, match=f"no backend '{backend}'; choose from torch, cpu, triton, cuda"):
         lowrank_add_(*lists.values(), backend)
     assert all(torch.equal(w, b) for w, b in zip(lists["weights"], before, strict=True))
 
@@ -649,6 +650,17 @@ def test_triton_says_why_not(no_settings: pytest.MonkeyPatch) -> None:
         assert ops.backend_for(weight, "triton") == "triton"
         with pytest.raises(BackendError, match="it has no fp64"):
             ops.backend_for(weight.double(), "triton")
+
+
+def test_cuda_says_why_not(no_settings: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(2, 2)
+    if torch.cuda.is_available():
+        no_settings.setattr(ops._native, "load_cuda", lambda: None)
+        with pytest.raises(BackendError, match="it runs on CUDA devices"):
+            ops.backend_for(weight, "cuda")
+    else:
+        with pytest.raises(BackendError, match="torch sees no CUDA device"):
+            ops.backend_for(weight, "cuda")
 
 
 def test_without_the_native_library() -> None:
