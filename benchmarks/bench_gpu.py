@@ -1,6 +1,6 @@
 """Update all linear weights of a whole model on a GPU: portllm against addmm_, PEFT's merge, and the in-place pass.
 
-    python benchmarks/bench_gpu.py --quick                                     # two minutes
+    python benchmarks/bench_gpu.py --quick                                     # few settings
     python benchmarks/bench_gpu.py --json benchmarks/results/gpu.json --plot benchmarks/results/gpu
     python benchmarks/bench_gpu.py --device cpu                                # tiny shapes: that the script runs
 

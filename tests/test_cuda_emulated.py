@@ -370,11 +370,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_kernel_is_noticed(tmp_path: Path, mistake: str) -> None:
     shutil.copytree(CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / "lowrank_add.cuh"
     right, wrong = MISTAKES[mistake]
-    source = path.read_text()
-    assert source.count(right) == 1
-    path.write_text(source.replace(right, wrong))
+    sources = {path: path.read_text() for path in (tmp_path / "csrc" / "cuda").glob("*.cuh")}
+    assert sum(source.count(right) for source in sources.values()) == 1
+    for path, source in sources.items():
+        path.write_text(source.replace(right, wrong))
     emulator = Emulator(build(tmp_path, tmp_path / "csrc", "-O1"))
     with pytest.raises((RuntimeError, AssertionError)):  # noqa: PT012
         for _ in range(3):
