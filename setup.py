@@ -10,6 +10,7 @@ Environment:
     PORTLLM_REQUIRE_NATIVE=1   fail where the library for the CPU would be left out
     PORTLLM_REQUIRE_CUDA=1     fail where the library for CUDA would be left out
     PORTLLM_CXXFLAGS="..."     more flags for the C++ compiler and the linker, after those of this file
+    PORTLLM_NVCCFLAGS="..."    more flags for nvcc, such as -lineinfo
     TORCH_CUDA_ARCH_LIST       GPUs to build for, as torch has it: "8.0;9.0+PTX"
     CUDA_HOME                  where CUDA is, if nvcc is not on the PATH
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 TORCH_MIN = (2, 10)
 CPU, CUDA = "portllm.libportllm", "portllm.libportllm_cuda"  # portllm/_native.py looks for these names
@@ -37,8 +39,8 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def more_flags() -> list[str]:
-    return shlex.split(os.environ.get("PORTLLM_CXXFLAGS", ""))
+def more_flags(name: str = "PORTLLM_CXXFLAGS") -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
 
 
 def torch_root() -> Path | str:
@@ -122,10 +124,11 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         for source in sources("cuda", "*.cu"):
             target = str(folder / f"{Path(source).stem}.cu.o")
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            command = [nvcc, "-std=c++20", "-O3", *host, *cuda_targets(nvcc), "-Icsrc", "-c", source, "-o", target]
-            self.spawn(command)
+            flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *cuda_targets(nvcc)]
             ext.extra_objects.append(target)
+            if not self.force and not newer_group([source, *ext.depends], target):
+                continue
+            self.spawn([nvcc, *flags, *more_flags("PORTLLM_NVCCFLAGS"), "-Icsrc", "-c", source, "-o", target])
         # nvcc knows best where its libraries are: there are many ways to install CUDA.
         dry = subprocess.run([nvcc, "--dryrun", source], capture_output=True, text=True, check=True).stderr
         line = next(line for line in dry.splitlines() if "LIBRARIES=" in line)

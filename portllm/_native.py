@@ -40,10 +40,10 @@ def load() -> str | None:
 @cache
 def load_cuda() -> str | None:
     """Load the library of the CUDA kernel, as ``load`` does; only where torch sees a GPU."""
-    if os.environ.get("PORTLLM_DISABLE_NATIVE", "0") not in ("", "0"):
-        return "disabled by PORTLLM_DISABLE_NATIVE"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if os.environ.get("PORTLLM_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "disabled by PORTLLM_DISABLE_NATIVE"
     if not CUDA_LIBRARY.exists():
         return "the library for CUDA was not built: it needs nvcc (`pip install -v --no-build-isolation` says more)"
     try:

@@ -13,7 +13,7 @@ import platform
 import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from portllm import ops  # noqa: F401  (defines the schema)
 
 from .test_ops import BF16, FP16, FP32, FP64, Case, Term, bits, check, truth
 from .test_ops import _case as case_strategy
@@ -43,6 +45,21 @@ def build(folder: Path, csrc: Path = CSRC, optimize: str = "-O2") -> Path:
     include = [f"-I{TESTS / 'cuda_emulator'}", f"-I{csrc}"]
     sources = [TESTS / "cuda_emulator" / "emulator.cpp", csrc / "cuda" / "plan.cpp"]
     command = [CXX, *flags, "-shared", "-fPIC", *include, *sources, "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def build_op(folder: Path) -> Path:
+    """The binding as well: `lowrank_add_cuda_` for tensors on the CPU."""
+    library = folder / "emulated_op.so"
+    root = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O2", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
+    flags += ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    include = [f"-I{folder}" for folder in (TESTS / "cuda_emulator", CSRC, root / "include")]
+    sources = [TESTS / "cuda_emulator" / "emulator.cpp", *(CSRC / "cuda").glob("*.cpp")]
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu"]
+    command = [CXX, *flags, "-shared", "-fPIC", *include, *sources, *link, "-o", library]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
@@ -281,6 +298,60 @@ def test_what_is_no_number(emulator: Emulator, dtype: torch.dtype) -> None:
         assert weight[2, 2] == -float("inf")
 
 
+# -- the op ----------------------------------------------------------------------------------------------------------
+
+Op = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]], None]
+
+
+@pytest.fixture(scope="module")
+def op(tmp_path_factory: pytest.TempPathFactory) -> Op:
+    torch.ops.load_library(str(build_op(tmp_path_factory.mktemp("op"))))
+    return torch.ops.portllm.lowrank_add_cuda_
+
+
+@settings(quick, max_examples=20)
+@given(cases=st.lists(case_strategy, min_size=1, max_size=3))
+def test_the_op(op: Op, cases: list[Case]) -> None:
+    made = [case.make() for case in cases if case.dtype != FP64]
+    old = [weight.clone() for weight, _, _ in made]
+    terms = [term for _, _, terms in made for term in terms]
+    lists = [[term[i] for term in terms] for i in range(3)]
+    if made:
+        op([weight for weight, _, _ in made], *lists, [len(terms) for _, _, terms in made])
+    for (weight, _, its_terms), start in zip(made, old, strict=True):
+        check(start, its_terms, weight)
+
+
+BROKEN: dict[str, tuple[int, int, object, str]] = {
+    "a vector": (0, 1, torch.ones(4), r"weights\[1\] must be a 2-D tensor"),
+    "fp64": (0, 1, torch.ones(4, 3, dtype=FP64), r"weights\[1\] is fp64"),
+    "integers": (0, 1, torch.ones(4, 3, dtype=torch.int32), "tensors must be bf16"),
+    "shared memory": (0, 1, torch.ones(1, 3).expand(4, 3), r"weights\[1\] has elements that share memory"),
+    "A is too wide": (1, 1, torch.ones(2, 4), r"lora_A\[1\] is \[2, 4\], which does not fit"),
+    "B is too tall": (2, 1, torch.ones(5, 2), r"lora_B\[1\] is \[5, 2\], which does not fit"),
+    "the ranks differ": (2, 1, torch.ones(4, 1), r"lora_B\[1\] is \[4, 1\], which does not fit"),
+    "too many terms": (4, 1, 2, r"n_terms\[1\] does not fit"),
+    "too few terms": (4, 1, 0, "more factors than n_terms says"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_the_op_checks_all_before_the_first_write(op: Op, case: str) -> None:
+    first = torch.ones(6, 5)
+    lists: list[list] = [
+        [first, torch.ones(4, 3)],
+        [torch.ones(2, 5), torch.ones(2, 3)],
+        [torch.ones(6, 2), torch.ones(4, 2)],
+        [1.0, 1.0],
+        [1, 1],
+    ]
+    key, index, value, message = BROKEN[case]
+    lists[key][index] = value
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        op(*lists)
+    assert torch.equal(first, torch.ones(6, 5))
+
+
 # -- the emulator sees what a GPU might not show ---------------------------------------------------------------------
 
 MISTAKES = {
@@ -299,11 +370,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_kernel_is_noticed(tmp_path: Path, mistake: str) -> None:
     shutil.copytree(CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / "lowrank_add.cuh"
     right, wrong = MISTAKES[mistake]
-    source = path.read_text()
-    assert source.count(right) == 1
-    path.write_text(source.replace(right, wrong))
+    sources = {path: path.read_text() for path in (tmp_path / "csrc" / "cuda").glob("*.cuh")}
+    assert sum(source.count(right) for source in sources.values()) == 1
+    for path, source in sources.items():
+        path.write_text(source.replace(right, wrong))
     emulator = Emulator(build(tmp_path, tmp_path / "csrc", "-O1"))
     with pytest.raises((RuntimeError, AssertionError)):  # noqa: PT012
         for _ in range(3):

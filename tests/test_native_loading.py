@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ except NotImplementedError as error:
     assert "'CPU' backend" in str(error), error
     assert "CUDA: registered" in str(error), error
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PORTLLM_DISABLE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("CUDA says: ") or "no CUDA device" in done.stdout

@@ -1,7 +1,5 @@
 // The CUDA implementation of portllm::lowrank_add_cuda_, whose schema portllm/ops.py defines:
 //   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -10,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/device.h"
 #include "cuda/launch.h"
 
 namespace {
@@ -17,20 +16,6 @@ namespace {
 namespace cuda = portllm::cuda;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Looked up while running: so the library can be built where torch has no CUDA.
-void* current_stream(int device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const auto function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Function>(
-        dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  STD_TORCH_CHECK(function, "lowrank_add_cuda_: this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
 
 cuda::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -45,7 +30,7 @@ cuda::DType dtype_of(const Tensor& tensor) {
 // The tensor as a matrix of the given shape; a bound of -1 takes any size.
 cuda::Matrix matrix(const Tensor& tensor, const char* name, size_t index, int device, int64_t rows,
                     int64_t cols, bool written = false) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device && tensor.dim() == 2,
+  STD_TORCH_CHECK(cuda::on_gpu(tensor) && cuda::device_of(tensor) == device && tensor.dim() == 2,
                   "lowrank_add_cuda_: ", name, "[", index,
                   "] must be a 2-D tensor on the CUDA device of its weight");
   STD_TORCH_CHECK((rows < 0 || tensor.size(0) == rows) && (cols < 0 || tensor.size(1) == cols),
@@ -66,7 +51,7 @@ void lowrank_add_cuda_(const std::vector<Tensor>& tensors, const std::vector<Ten
   size_t t = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& weight = tensors[i];
-    const int device = static_cast<int>(weight.get_device_index());
+    const int device = cuda::device_of(weight);
     cuda::Update update{matrix(weight, "weights", i, device, -1, -1, true), weight.size(0),
                         weight.size(1), {}};
     STD_TORCH_CHECK(n_terms[i] >= 0 && static_cast<size_t>(n_terms[i]) <= lora_A.size() - t,
@@ -85,14 +70,16 @@ void lowrank_add_cuda_(const std::vector<Tensor>& tensors, const std::vector<Ten
   std::map<int, std::vector<cuda::Launch>> launches;
   for (auto& [device, list] : updates) launches[device] = cuda::plan(std::move(list));
   for (const auto& [device, list] : launches) {
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    for (const cuda::Launch& launch : list) cuda::start(launch, device, current_stream(device));
+    [[maybe_unused]] const cuda::DeviceGuard guard(device);
+    for (const cuda::Launch& launch : list) {
+      cuda::start(launch, device, cuda::current_stream(device));
+    }
   }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(portllm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(portllm, PORTLLM_DISPATCH_KEY, m) {
   m.impl("lowrank_add_cuda_", TORCH_BOX(&lowrank_add_cuda_));
 }
 

@@ -23,10 +23,15 @@ PORTLLM_DEVICE uint4* shared_memory() {
 // A barrier of the block; whether the predicate holds in any of its threads.
 PORTLLM_DEVICE bool barrier_any(bool predicate) { return __syncthreads_or(predicate); }
 
-// How the caches should treat what is used once. Made where it is used: it costs two registers.
+// For comparing: "evict_normal", "evict_unchanged".
+#ifndef PORTLLM_L2_POLICY
+#define PORTLLM_L2_POLICY "evict_first"
+#endif
+
+// How L2 should treat what is used once. Made where it is used: it costs two registers.
 PORTLLM_DEVICE uint64_t streaming_policy() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::" PORTLLM_L2_POLICY ".b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

@@ -1,5 +1,4 @@
-// What one launch is told: a table of weights and terms, small enough to be an argument of the
-// kernel.
+// What one launch is told: a table of weights and terms, small enough to be a kernel's argument.
 //
 // As an argument the table needs no memory on the device, no copy and no event: it is in the launch
 // itself, valid whatever the host does next, and a CUDA graph that captures the launch captures the
@@ -72,8 +71,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764);
 
-// A tile of W, which a block updates at a time, and the part of the rank that it multiplies at a
-// time.
+// A tile of W, which a block updates at a time, and how much of the rank it multiplies at a time.
 constexpr int kTileRows = 64;
 constexpr int kTileCols = 128;
 constexpr int kTileRank = 16;
@@ -82,8 +80,7 @@ constexpr int kBlocksPerSm = 2;
 constexpr int kMinStages = 2;
 constexpr int kMaxStages = 4;
 
-// Bytes of shared memory for the parts of both factors, twice: one is read while the other is
-// written.
+// Bytes of shared memory for the parts of both factors, twice: to read one and write the other.
 constexpr int kFactorBytes = 2 * 3 * (kTileRows + kTileCols) * kTileRank * 2;
 
 // Bytes of shared memory of a block: the factors, the ring (if W is aligned), and for weights with

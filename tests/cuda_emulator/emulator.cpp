@@ -22,6 +22,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "cuda/launch.h"
 #include "cuda/lowrank_add.cuh"
 #include "cuda/plan.h"
 
@@ -150,7 +151,7 @@ double cut(double x, int exponent) {
   return static_cast<double>(static_cast<int64_t>(x * power(-exponent))) * power(exponent);
 }
 
-// c + sum of x y, as tensor cores may do it: all are cut off 24 bits below the leading bit of the
+// c + sum of x y, as tensor cores may do it: all are cut off 23 bits below the leading bit of the
 // largest.
 float dot(const float* x, const float* y, float c) {
   double terms[17], largest = 0;
@@ -163,7 +164,7 @@ float dot(const float* x, const float* y, float c) {
   }
   if (!std::isfinite(sum)) return static_cast<float>(sum);
   if (largest == 0) return 0;
-  const int lowest = leading(largest) - 24;
+  const int lowest = leading(largest) - 23;
   sum = 0;
   for (const double term : terms) sum += cut(term, lowest);
   if (sum == 0) return 0;
@@ -296,6 +297,23 @@ namespace {
 
 using portllm::cuda::DType;
 
+void forget() {
+  error = nullptr;
+  ranges.clear();
+  written.clear();
+}
+
+// A matrix that may be accessed from now on.
+void remember(const void* data, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
+              int64_t col_stride, bool is_written) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t size = dtype == DType::fp64 ? 8 : dtype == DType::fp32 ? 4 : 2;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
+  Range& range = ranges[begin];
+  range = {std::max(range.end, begin + static_cast<uintptr_t>((last + 1) * size)), is_written};
+}
+
 template <DType kDType>
 auto kernel_of(bool aligned) {
   return aligned ? portllm::cuda::lowrank_add<kDType, true>
@@ -319,6 +337,29 @@ void run(portllm::cuda::Launch launch, int most_blocks, int stages) {
 }  // namespace
 }  // namespace emulator
 
+// For the binding: matrices are taken from the table, since nothing else is known here.
+namespace portllm::cuda {
+
+void start(const Launch& launch, int, void*) {
+  emulator::forget();
+  const Table& table = launch.table;
+  for (int i = 0; i < table.n_weights; ++i) {
+    const Weight& w = table.weights[i];
+    emulator::remember(w.data, launch.dtype, w.m, w.n, w.row_stride, w.col_stride, true);
+    for (int t = w.first_term; t < w.first_term + w.n_terms; ++t) {
+      const Term& x = table.terms[t];
+      emulator::remember(x.a, x.a_dtype, x.rank, w.n, x.a_stride_k, x.a_stride_n, false);
+      emulator::remember(x.b, x.b_dtype, w.m, x.rank, x.b_stride_m, x.b_stride_k, false);
+    }
+  }
+  constexpr int kBlocks = 3;
+  emulator::run(launch, kBlocks, kMaxStages);
+}
+
+const char* problem() { return nullptr; }
+
+}  // namespace portllm::cuda
+
 // What Python gives: see tests/test_cuda_emulated.py.
 struct MatrixArgument {
   void* data;
@@ -326,26 +367,18 @@ struct MatrixArgument {
 };
 
 // Updates all weights; the empty string, or what went wrong. Terms are A, B, A, B, ...
-extern "C" const char* emulate(const MatrixArgument* weights, int64_t n_weights,
-                               const MatrixArgument* factors, const double* scalings,
-                               const int64_t* n_terms, int most_blocks, int stages, uint64_t seed,
-                               int64_t* n_launches) {
+extern "C" [[gnu::visibility("default")]] const char* emulate(
+    const MatrixArgument* weights, int64_t n_weights, const MatrixArgument* factors,
+    const double* scalings, const int64_t* n_terms, int most_blocks, int stages, uint64_t seed,
+    int64_t* n_launches) {
   using namespace portllm::cuda;
   static std::string message;
   const auto take = [](const MatrixArgument& x, bool is_written) {
-    const int64_t size[] = {2, 2, 4, 8};
-    const auto begin = reinterpret_cast<uintptr_t>(x.data);
-    if (x.rows > 0 && x.cols > 0) {
-      const int64_t last = (x.rows - 1) * x.row_stride + (x.cols - 1) * x.col_stride;
-      const uintptr_t end = begin + static_cast<uintptr_t>((last + 1) * size[x.dtype]);
-      emulator::Range& range = emulator::ranges[begin];
-      range = {std::max(range.end, end), is_written};
-    }
-    return Matrix{x.data, static_cast<DType>(x.dtype), x.row_stride, x.col_stride};
+    const auto dtype = static_cast<DType>(x.dtype);
+    emulator::remember(x.data, dtype, x.rows, x.cols, x.row_stride, x.col_stride, is_written);
+    return Matrix{x.data, dtype, x.row_stride, x.col_stride};
   };
-  emulator::error = nullptr;
-  emulator::ranges.clear();
-  emulator::written.clear();
+  emulator::forget();
   emulator::random_state = seed;
   try {
     std::vector<Update> updates;
