@@ -34,6 +34,7 @@ CODES = {BF16: 0, FP16: 1, FP32: 2, FP64: 3}
 DTYPES = (BF16, FP16, FP32)
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(shutil.which(CXX) is None, reason=f"there is no {CXX}"),
     pytest.mark.skipif(platform.system() != "Linux", reason="the emulator's fibers are tried on Linux only"),
 ]
