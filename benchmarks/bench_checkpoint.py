@@ -152,7 +152,7 @@ def make_adapter(path: Path, model: Path, rank: int) -> None:
 
 def _work(way: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
     work = {"copy": _copy, "portllm": _portllm, "peft": _peft}[way](model, adapter, out)
-    held = _resident("VmRSS")
+    held = resident("VmRSS")
     started = time.perf_counter()
     work()
     unsynced = time.perf_counter() - started
@@ -160,10 +160,10 @@ def _work(way: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
         with open(file, "rb") as f:
             os.fsync(f.fileno())
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "unsynced_seconds": unsynced, "extra_mib": (_resident("VmHWM") - held) / 1024}
+    return {"seconds": seconds, "unsynced_seconds": unsynced, "extra_mib": (resident("VmHWM") - held) / 1024}
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(key))
 

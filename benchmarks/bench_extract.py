@@ -95,11 +95,11 @@ def measure_checkpoints(folder: Path, size_gb: float, rank: int) -> dict[str, fl
 def worker(base: Path, tuned: Path, rank: int) -> dict[str, float]:
     import portllm
 
-    held = bench_checkpoint._resident("VmRSS")
+    held = bench_checkpoint.resident("VmRSS")
     started = time.perf_counter()
     result = portllm.extract(base, tuned, rank=rank, stamp=False)
     seconds = time.perf_counter() - started
-    extra = (bench_checkpoint._resident("VmHWM") - held) / 1024
+    extra = (bench_checkpoint.resident("VmHWM") - held) / 1024
     errors = [w.relative_error for w in result.weights]
     return {
         "seconds": seconds,
