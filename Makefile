@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 PY := $(VENV)/bin/python
-NATIVE_SOURCES := setup.py $(wildcard csrc/*/*)
+NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CODE := portllm kernels tests benchmarks examples setup.py
 
 .PHONY: help demo test sanitize bench lint format types build clean

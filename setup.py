@@ -162,7 +162,7 @@ def library(name: str, folder: str, libraries: list[str], *flags: str) -> Extens
     return Extension(
         name,
         sources=sources(folder, "*.cpp"),
-        depends=sources(folder, "*.h", "*.cuh", "*.cu"),
+        depends=sources(folder, "*.h", "*.cuh", "*.cu") + sources("", "*.h"),
         language="c++",
         libraries=["torch_cpu", *libraries],  # torch by name only: it has been loaded before us
         define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_MIN[0]:02x}{TORCH_MIN[1]:02x}{0:012x}")],

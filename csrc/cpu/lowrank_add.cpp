@@ -74,18 +74,6 @@ const Kernel* choose_kernel(const Isa& isa, Weight& weight) {
   return &isa.matrix;
 }
 
-// The same problem for the transposed weight: W^T += sum s A^T B^T.
-void transpose(Weight& weight) {
-  const auto flip = [](Matrix& x) { std::swap(x.row_stride, x.col_stride); };
-  std::swap(weight.rows, weight.cols);
-  flip(weight.w);
-  for (Term& term : weight.terms) {
-    std::swap(term.a, term.b);
-    flip(term.a);
-    flip(term.b);
-  }
-}
-
 const Isa* choose() {
   struct Variant {
     const char* name;
@@ -119,7 +107,9 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
     // Factors of small weights lie anywhere in memory, and here only their first row is looked at.
     if (i + 8 < weights_.size()) __builtin_prefetch(weights_[i + 8].terms.front().a.data);
     Weight& weight = weights_[i];
-    if (weight.w.col_stride != 1 && weight.w.row_stride == 1) transpose(weight);
+    if (weight.w.col_stride != 1 && weight.w.row_stride == 1) {
+      transpose(weight.w, weight.rows, weight.cols, weight.terms);
+    }
     weight.kernel = choose_kernel(isa, weight);
     total += cost(weight);
   }

@@ -6,16 +6,9 @@
 #include <span>
 #include <vector>
 
+#include "matrix.h"
+
 namespace portllm {
-
-enum class DType { bf16, fp16, fp32, fp64 };
-
-struct Matrix {
-  void* data;
-  DType dtype;
-  int64_t row_stride;  // in elements
-  int64_t col_stride;
-};
 
 struct Term {
   Matrix a;  // [rank, cols]

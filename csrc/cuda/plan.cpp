@@ -23,18 +23,6 @@ bool at_multiple(const void* p, int64_t bytes) {
 int64_t tiles_n(const Update& u) { return ceil_div(u.n, kTileCols); }
 int64_t tiles(const Update& u) { return ceil_div(u.m, kTileRows) * tiles_n(u); }
 
-// The same problem for the transposed weight: W^T += sum s A^T B^T.
-void transpose(Update& u) {
-  const auto flip = [](Matrix& x) { std::swap(x.row_stride, x.col_stride); };
-  std::swap(u.m, u.n);
-  flip(u.w);
-  for (Product& term : u.terms) {
-    std::swap(term.a, term.b);
-    flip(term.a);
-    flip(term.b);
-  }
-}
-
 void check(const Update& u, size_t index) {
   const auto refuse = [&](const std::string& why) {
     throw std::invalid_argument("weights[" + std::to_string(index) + "] " + why);
@@ -138,7 +126,7 @@ std::vector<Launch> plan(std::vector<Update> updates) {
     check(u, i);
     std::erase_if(u.terms, [](const Product& term) { return term.rank == 0; });
     // A weight that lies transposed has contiguous rows as well.
-    if (u.w.row_stride < u.w.col_stride) transpose(u);
+    if (u.w.row_stride < u.w.col_stride) transpose(u.w, u.m, u.n, u.terms);
   }
   std::vector<Launch> launches;
   for (const DType dtype : {DType::bf16, DType::fp16, DType::fp32}) {

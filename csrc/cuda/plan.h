@@ -9,12 +9,7 @@
 
 namespace portllm::cuda {
 
-struct Matrix {
-  void* data;
-  DType dtype;
-  int64_t row_stride;
-  int64_t col_stride;
-};
+using portllm::Matrix;
 
 struct Product {
   Matrix a;  // [rank, n]

@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
+#include "matrix.h"
+
 namespace portllm::cuda {
 
-enum class DType : uint8_t { bf16, fp16, fp32, fp64 };
+using portllm::DType;
 
 // Which elements of a factor one load takes.
 enum class Access : uint8_t {
