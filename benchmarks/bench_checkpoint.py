@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from samples import resident
+
 WAYS = ("copy", "portllm", "peft")
 
 
@@ -161,11 +163,6 @@ def _work(way: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
             os.fsync(f.fileno())
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "unsynced_seconds": unsynced, "extra_mib": (resident("VmHWM") - held) / 1024}
-
-
-def resident(key: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(key))
 
 
 def _copy(model: Path, adapter: Path, out: Path) -> Any:

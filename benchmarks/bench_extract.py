@@ -24,6 +24,7 @@ from typing import Any
 import bench_checkpoint
 import machine
 import torch
+from samples import resident
 
 from portllm.svd import Workspace, leading
 
@@ -95,11 +96,11 @@ def measure_checkpoints(folder: Path, size_gb: float, rank: int) -> dict[str, fl
 def worker(base: Path, tuned: Path, rank: int) -> dict[str, float]:
     import portllm
 
-    held = bench_checkpoint.resident("VmRSS")
+    held = resident("VmRSS")
     started = time.perf_counter()
     result = portllm.extract(base, tuned, rank=rank, stamp=False)
     seconds = time.perf_counter() - started
-    extra = (bench_checkpoint.resident("VmHWM") - held) / 1024
+    extra = (resident("VmHWM") - held) / 1024
     errors = [w.relative_error for w in result.weights]
     return {
         "seconds": seconds,

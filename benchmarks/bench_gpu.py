@@ -27,30 +27,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from cases import linear_shapes, peft_layer
+from samples import summary
+from torch import Tensor
 
 from portllm import ops
 
 Shapes = list[tuple[int, int]]
-
-
-def layer(hidden: int, queries: int, keys: int, inner: int, experts: int = 1) -> Shapes:
-    """(out, in) of q, k, v, o, and of gate, up, down of each expert."""
-    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    return attention + [(inner, hidden), (inner, hidden), (hidden, inner)] * experts
-
-
 # One layer, and how many there are.
 MODELS: dict[str, tuple[Shapes, int]] = {
-    "Mistral-7B": (layer(4096, 4096, 1024, 14336), 32),
-    "Llama-3.1-8B": (layer(4096, 4096, 1024, 14336), 32),
-    "Gemma2-9B": (layer(3584, 4096, 2048, 14336), 42),
-    "70B, shard 1 of 8": (layer(8192, 8192 // 8, 1024 // 8, 28672 // 8), 80),
-    "Mixtral-8x7B": (layer(4096, 4096, 1024, 14336, experts=8), 32),
+    "Mistral-7B": (linear_shapes(4096, 4096, 1024, 14336), 32),
+    "Llama-3.1-8B": (linear_shapes(4096, 4096, 1024, 14336), 32),
+    "Gemma2-9B": (linear_shapes(3584, 4096, 2048, 14336), 42),
+    "70B, shard 1 of 8": (linear_shapes(8192, 8192 // 8, 1024 // 8, 28672 // 8), 80),
+    "Mixtral-8x7B": (linear_shapes(4096, 4096, 1024, 14336, experts=8), 32),
 }
 TINY: dict[str, tuple[Shapes, int]] = {
-    "tiny": (layer(64, 64, 16, 136), 2),
-    "tiny, experts": (layer(40, 64, 8, 72, 4), 1),
+    "tiny": (linear_shapes(64, 64, 16, 136), 2),
+    "tiny, experts": (linear_shapes(40, 64, 8, 72, 4), 1),
 }
 # Of the memory that is free at the start, weights and factors take at most this part.
 MEMORY = 0.7
@@ -149,22 +143,10 @@ class Case:
 
     def _peft(self) -> Callable[[], None]:
         """PEFT's own merge of each layer, through PEFT: one of its layers for each patch, around the same weight."""
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-
-        layers = []
-        for t, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
-            weight, rank = self.weights[t // self.setting.patches], a.shape[0]
-            with torch.device("meta"):
-                base = nn.Linear(1, 1, bias=False, dtype=weight.dtype)
-            base.weight = nn.Parameter(weight, requires_grad=False)
-            base.out_features, base.in_features = weight.shape
-            # Its factors are made on the weight's device, and replaced by ours at once.
-            made = Linear(base, "default", config=LoraConfig(r=rank), r=rank, lora_alpha=int(2 * rank))
-            made.scaling["default"] = self.scalings[t]
-            made.lora_A["default"].weight = nn.Parameter(a, requires_grad=False)
-            made.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
-            layers.append(made)
+        layers = [
+            peft_layer(self.weights[t // self.setting.patches], a, b, self.scalings[t])
+            for t, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True))
+        ]
 
         def merge() -> None:
             for made in layers:
@@ -252,13 +234,7 @@ def measure(case: Case, rounds: int, wanted: list[str] | None) -> dict[str, dict
             if number:
                 times[way].append(seconds)
     for way, samples in times.items():
-        ordered = sorted(samples)
-        last = len(ordered) - 1
-        results[way] |= {
-            "seconds": statistics.median(ordered),
-            "p20": ordered[round(0.2 * last)],
-            "p80": ordered[round(0.8 * last)],
-        }
+        results[way] |= summary(samples)
     return results
 
 

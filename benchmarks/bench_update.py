@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import machine
 import torch
 from cases import LAYERS, WAYS, Case, layer
+from samples import resident, summary
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64, 256)
@@ -45,17 +45,7 @@ def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[st
             if number:
                 seconds = time.perf_counter() - started
                 times[way].append(seconds / case.peft_share if way == "peft" else seconds)
-    return {way: _summary(samples) for way, samples in times.items()}
-
-
-def _summary(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return {
-        "seconds": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-    }
+    return {way: summary(samples) for way, samples in times.items()}
 
 
 def extra_mib(call: Callable[[], None]) -> float | None:
@@ -64,16 +54,11 @@ def extra_mib(call: Callable[[], None]) -> float | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would hide a need for it
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = resident("VmRSS")
         call()
-        return (_status("VmHWM") - before) / 1024
+        return (resident("VmHWM") - before) / 1024
     except (OSError, AttributeError):
         return None
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from portllm import ops
 
 Shape = tuple[int, int]
-# (out, in) of q, k, v, o, gate, up, down.
-LAYERS: dict[str, list[Shape]] = {
-    "Mistral-7B": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
-    "Gemma2-9B": [(4096, 3584), (2048, 3584), (2048, 3584), (3584, 4096), (14336, 3584), (14336, 3584), (3584, 14336)],
+
+
+def linear_shapes(hidden: int, queries: int, keys: int, inner: int, experts: int = 1) -> list[Shape]:
+    """(out, in) of a decoder layer's q, k, v, o, and of gate, up, down of each expert."""
+    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    return attention + [(inner, hidden), (inner, hidden), (hidden, inner)] * experts
+
+
+LAYERS = {
+    "Mistral-7B": linear_shapes(4096, 4096, 1024, 14336),
+    "Gemma2-9B": linear_shapes(3584, 4096, 2048, 14336),
+    "Llama-3.1-8B": linear_shapes(4096, 4096, 1024, 14336),
 }
-LAYERS["Llama-3.1-8B"] = LAYERS["Mistral-7B"]
 WAYS = ("limit", "portllm", "addmm_", "peft")
 SCALING = 2.0
 PEFT_WEIGHTS = 1000  # what PEFT's merge of more weights is scaled up from
@@ -77,20 +84,27 @@ class Case:
             layer.merged_adapters.clear()
 
     def _wrap(self) -> list[Any]:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-
         for weight, terms in zip(self.weights[:PEFT_WEIGHTS], self.terms, strict=False):
-            a, b = terms[0]
-            base = nn.Linear(1, 1, bias=False, dtype=weight.dtype)
-            base.weight = nn.Parameter(weight, requires_grad=False)
-            base.out_features, base.in_features = weight.shape
-            rank = a.shape[0]
-            layer = Linear(base, "default", config=LoraConfig(r=rank), r=rank, lora_alpha=int(SCALING * rank))
-            layer.lora_A["default"].weight = nn.Parameter(a, requires_grad=False)
-            layer.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
-            self._peft.append(layer)
+            self._peft.append(peft_layer(weight, *terms[0], SCALING))
         return self._peft
+
+
+def peft_layer(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Any:
+    """PEFT's own LoRA layer around a weight."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    rank = len(lora_A)
+    with torch.device("meta"):
+        base = nn.Linear(1, 1, bias=False, dtype=weight.dtype)
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    base.out_features, base.in_features = weight.shape
+    # Its factors are made on the weight's device, and replaced by ours at once.
+    layer = Linear(base, "default", config=LoraConfig(r=rank), r=rank, lora_alpha=rank)
+    layer.scaling["default"] = scaling
+    layer.lora_A["default"].weight = nn.Parameter(lora_A, requires_grad=False)
+    layer.lora_B["default"].weight = nn.Parameter(lora_B, requires_grad=False)
+    return layer
 
 
 def _factors(weight: Tensor, rank: int, dtype: torch.dtype, delta: float) -> tuple[Tensor, Tensor]:
