@@ -21,20 +21,14 @@ def load() -> str | None:
     Returns:
         None if its ops can be called, else one line that says why they cannot.
     """
-    if os.environ.get("PORTLLM_DISABLE_NATIVE", "0") not in ("", "0"):
-        return "disabled by PORTLLM_DISABLE_NATIVE"
-    if not LIBRARY.exists():
-        return (
-            "the native library was not built: it needs a C++20 compiler and torch >= 2.10 "
-            "(`pip install -v --no-build-isolation` says what went wrong)"
-        )
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except (OSError, RuntimeError) as error:
-        return f"the native library does not load: {str(error).splitlines()[0]}"
-    if _chosen_isa() is None:
+    reason = _load(
+        LIBRARY,
+        "native library",
+        "it needs a C++20 compiler and torch >= 2.10 (`pip install -v --no-build-isolation` says what went wrong)",
+    )
+    if reason is None and _chosen_isa() is None:
         return f"PORTLLM_CPU_ISA={os.environ.get('PORTLLM_CPU_ISA')} is unknown, or this CPU lacks it"
-    return None
+    return reason
 
 
 @cache
@@ -42,18 +36,28 @@ def load_cuda() -> str | None:
     """Load the library of the CUDA kernel, as ``load`` does; only where torch sees a GPU."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    reason = _load(CUDA_LIBRARY, "library for CUDA", "it needs nvcc (`pip install -v --no-build-isolation` says more)")
+    return _ask(CUDA_LIBRARY, "portllm_cuda_problem") if reason is None else reason
+
+
+def _load(library: Path, name: str, needs: str) -> str | None:
     if os.environ.get("PORTLLM_DISABLE_NATIVE", "0") not in ("", "0"):
         return "disabled by PORTLLM_DISABLE_NATIVE"
-    if not CUDA_LIBRARY.exists():
-        return "the library for CUDA was not built: it needs nvcc (`pip install -v --no-build-isolation` says more)"
+    if not library.exists():
+        return f"the {name} was not built: {needs}"
     try:
-        torch.ops.load_library(str(CUDA_LIBRARY))
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return f"the library for CUDA does not load: {str(error).splitlines()[0]}"
-    function = ctypes.CDLL(str(CUDA_LIBRARY)).portllm_cuda_problem
-    function.restype = ctypes.c_char_p
-    problem: bytes | None = function()
-    return problem.decode() if problem else None
+        return f"the {name} does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def _ask(library: Path, function: str) -> str | None:
+    """What a function of a library that takes nothing and returns a string, or null, says."""
+    ask = getattr(ctypes.CDLL(str(library)), function)
+    ask.restype = ctypes.c_char_p
+    answer: bytes | None = ask()
+    return answer.decode() if answer else None
 
 
 def isa() -> str | None:
@@ -70,7 +74,4 @@ def isa() -> str | None:
 
 
 def _chosen_isa() -> str | None:
-    function = ctypes.CDLL(str(LIBRARY)).portllm_cpu_isa
-    function.restype = ctypes.c_char_p
-    name: bytes | None = function()
-    return name.decode() if name else None
+    return _ask(LIBRARY, "portllm_cpu_isa")

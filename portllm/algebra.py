@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,20 +17,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .config import AdapterConfig, fits_fp32
+from .config import AdapterConfig, fits_fp32, ranks_and_alphas, written_alpha
 from .errors import PatchError, UnsupportedPatchError
 from .fingerprint import METADATA_KEY, Fingerprint
 from .live import Source, as_patches
 from .lowrank import Blocks, leading_blocks, nth_magnitude, recompress
 from .naming import VOCABULARY_LAYERS
-from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry, replaced_tensors
+from .patch import KEY_PREFIX, BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry, replaced_tensors
 from .reference import FLOAT_DTYPES, ieee_matmul, row_blocks
 
 Method = Literal["concat", "svd", "ties", "dare", "dare_ties"]
 MajoritySign = Literal["total", "frequency"]
 
 COMBINED_KEY = "portllm.combined"
-_PREFIX = "base_model.model."
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -60,21 +57,16 @@ class Combined:
     @classmethod
     def from_patch(cls, patch: Patch) -> Combined | None:
         """The record in a patch's metadata, or None; raises PatchError if it is garbled."""
-        text = patch.metadata.get(COMBINED_KEY)
-        if text is None:
-            return None
-        try:
-            raw = json.loads(text)
-            if raw["version"] != 1:
-                raise ValueError(f"version {raw['version']!r} is unknown here")
-            return cls(
+        return patch.record(
+            COMBINED_KEY,
+            lambda raw: cls(
                 str(raw["method"]),
                 tuple((str(name), float(weight)) for name, weight in raw["patches"]),
                 {str(module): float(error) for module, error in raw["errors"].items()},
                 tuple(str(warning) for warning in raw["warnings"]),
-            )
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise PatchError(f"{patch.name}: {COMBINED_KEY} in its metadata is garbled: {error!r}") from None
+            ),
+            f"{COMBINED_KEY} in its metadata",
+        )
 
 
 def combine(
@@ -154,7 +146,7 @@ def combine(
         tensors = {key: t for module, r in results.items() for key, t in r.tensors(module, modules[module][0].entry)}
         made = Patch.from_tensors(
             tensors | replaced,
-            settings | _ranks_and_alphas(results),
+            settings | ranks_and_alphas({module: (r.rank, r.scaling) for module, r in results.items()}),
             name=" + ".join(f"{patch.name}@{weight:g}" for patch, weight in pairs),
             metadata=metadata,
         )
@@ -181,8 +173,8 @@ def scale(patch: Source, factor: float) -> Patch:
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if not fits_fp32(alpha * factor):
             raise PatchError(f"{loaded.name}: alpha {alpha:g} times {factor:g} overflows fp32")
-    alpha = _alpha(config.lora_alpha * factor)
-    pattern = {key: _alpha(value * factor) for key, value in config.alpha_pattern.items()}
+    alpha = written_alpha(config.lora_alpha * factor)
+    pattern = {key: written_alpha(value * factor) for key, value in config.alpha_pattern.items()}
     raw = {**config.raw, "lora_alpha": alpha, "alpha_pattern": pattern}
     changed = replace(config, raw=raw, lora_alpha=float(alpha), alpha_pattern=pattern)
     return Patch.from_tensors(loaded.tensors, changed, name=loaded.name, metadata=loaded.metadata)
@@ -275,14 +267,14 @@ class _Result:
     def tensors(self, module: str, like: LoraEntry) -> Iterator[tuple[str, Tensor]]:
         """As PEFT names and shapes them."""
         if like.kind == "embedding":
-            yield f"{_PREFIX}{module}.lora_embedding_A", self.lora_B.T
-            yield f"{_PREFIX}{module}.lora_embedding_B", self.lora_A.T
+            yield f"{KEY_PREFIX}{module}.lora_embedding_A", self.lora_B.T
+            yield f"{KEY_PREFIX}{module}.lora_embedding_B", self.lora_A.T
             return
         kernel = like.lora_A.shape[2:]
-        yield f"{_PREFIX}{module}.lora_A.weight", self.lora_A.reshape(self.rank, *like.lora_A.shape[1:])
-        yield f"{_PREFIX}{module}.lora_B.weight", self.lora_B.reshape(*self.lora_B.shape, *(1 for _ in kernel))
+        yield f"{KEY_PREFIX}{module}.lora_A.weight", self.lora_A.reshape(self.rank, *like.lora_A.shape[1:])
+        yield f"{KEY_PREFIX}{module}.lora_B.weight", self.lora_B.reshape(*self.lora_B.shape, *(1 for _ in kernel))
         if self.bias is not None:
-            yield f"{_PREFIX}{module}.lora_B.bias", self.bias
+            yield f"{KEY_PREFIX}{module}.lora_B.bias", self.bias
 
 
 @dataclass(frozen=True)
@@ -582,30 +574,6 @@ def _selection(configs: Sequence[AdapterConfig], modules: Iterable[str]) -> dict
 def _normal_selection(config: AdapterConfig) -> tuple[Any, ...]:
     values = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
     return tuple(tuple(sorted(value)) if isinstance(value, tuple) else value or () for value in values)
-
-
-def _ranks_and_alphas(results: Mapping[str, _Result]) -> dict[str, Any]:
-    """The commonest rank and alpha, and patterns, by full names, for the modules that differ."""
-    ranks = {module: result.rank for module, result in results.items()}
-    alphas = {module: _alpha(result.scaling * result.rank) for module, result in results.items()}
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-        "rank_pattern": {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(module)}": a for module, a in alphas.items() if a != alpha},
-    }
-
-
-def _commonest(values: Iterable[Any], default: int) -> Any:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value), default=default)
-
-
-def _alpha(value: float) -> float | int:
-    """As PEFT writes it: an integer where it is one."""
-    return int(value) if float(value).is_integer() else value
 
 
 def _shared_metadata(patches: Sequence[Patch]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -312,7 +312,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _combine(arguments: argparse.Namespace) -> int:
     pairs = _scaled_patches(arguments)
     from .algebra import Combined, combine
-    from .files import check_destination, fsync, whole_or_absent
+    from .files import check_destination
     from .patch import LoraEntry
 
     size = sum(tensor.nbytes for source, _ in pairs for tensor in source.tensors.values())
@@ -327,10 +327,7 @@ def _combine(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=_dtype(arguments),
     )
-    with whole_or_absent(arguments.out, arguments.overwrite, is_file=False) as temporary:
-        patch.save(temporary)
-        for file in temporary.iterdir():
-            fsync(file)
+    _save(patch, arguments)
     record = Combined.from_patch(patch)
     assert record is not None
     if arguments.json:
@@ -404,6 +401,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _save(patch: Patch, arguments: argparse.Namespace) -> None:
+    """Write a patch to OUT, synced to disk, or not at all."""
+    from .files import fsync, whole_or_absent
+
+    with whole_or_absent(arguments.out, arguments.overwrite, is_file=False) as temporary:
+        patch.save(temporary)
+        for file in temporary.iterdir():
+            fsync(file)
+
+
 def _numbers(patch: Patch) -> dict[str, Any]:
     return {
         "parameters": patch.num_parameters,
@@ -433,7 +440,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     import torch
 
     from .extraction import extract
-    from .files import check_destination, whole_or_absent
+    from .files import check_destination
 
     inputs = [Path(arguments.base), Path(arguments.tuned)]
     check_destination(arguments.out, inputs, arguments.overwrite, 0)
@@ -452,8 +459,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         work=arguments.work,
         progress=not (arguments.quiet or arguments.json),
     )
-    with whole_or_absent(arguments.out, arguments.overwrite, is_file=False) as directory:
-        result.patch.save(directory)
+    _save(result.patch, arguments)
     if arguments.json:
         _print_json(
             {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,30 @@ def _compile(key: str, expression: str) -> None:
         re.compile(f"(.*)({expression})")  # PEFT sets it into a larger one, where global flags are an error
     except re.error as error:
         raise PatchError(f"setting {key}: {expression!r} is not a regular expression: {error}") from None
+
+
+def ranks_and_alphas(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Settings that give each module its (rank, scaling): the commonest, and patterns by full names for the others."""
+    ranks = {module: rank for module, (rank, _) in modules.items()}
+    alphas = {module: written_alpha(scaling * rank) for module, (rank, scaling) in modules.items()}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(module)}": a for module, a in alphas.items() if a != alpha},
+    }
+
+
+def _commonest(values: Iterable[Any], default: int) -> Any:
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value), default=default)
+
+
+def written_alpha(value: float) -> float | int:
+    """As PEFT writes it: an integer where it is one."""
+    return int(value) if float(value).is_integer() else value
 
 
 def fits_fp32(number: float) -> bool:

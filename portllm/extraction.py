@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor
 
 from .bind import Target
-from .config import AdapterConfig
+from .config import AdapterConfig, ranks_and_alphas
 from .errors import PlanError, PortllmError
 from .fingerprint import stamp as stamp_patch
 from .live import Live, live_target
-from .naming import split
-from .patch import Patch
+from .patch import KEY_PREFIX, Patch
+from .planning import some
 from .progress import Progress
-from .reference import FLOAT_DTYPES, row_blocks
+from .reference import FLOAT_DTYPES
 from .shards import Checkpoint
-from .svd import Leading, Workspace, leading, residual
+from .svd import Leading, Workspace, frobenius, leading, residual
 
 Rest = Literal["error", "ignore", "save"]
 Model = Live | str | os.PathLike[str]
@@ -122,8 +121,8 @@ def extract(
     changed = [name for name in others if not _same(old, new, name)]
     if changed and rest == "error":
         raise PlanError(
-            f"{_some(changed)} changed and cannot have low-rank factors; keep such tensors whole with rest='save' "
-            "(--rest save), or leave them out with rest='ignore' (--rest ignore)"
+            f"{some(sorted(changed))} changed and cannot have low-rank factors; keep such tensors whole with "
+            "rest='save' (--rest save), or leave them out with rest='ignore' (--rest ignore)"
         )
     choice = {"rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed}
     store = None if work is None else _Store(Path(work), {"base": old.files(), "tuned": new.files(), **choice})
@@ -208,21 +207,18 @@ def _pair(old: _Model, new: _Model, target_modules: str | Sequence[str]) -> tupl
     """Names of the weights that can have factors, and of all other tensors."""
     names = set(old.target.tensors), set(new.target.tensors)
     lacking = [(new, names[0] - names[1]), (old, names[1] - names[0])]
-    if what := [f"{model.label} lacks {_some(lacks)}" for model, lacks in lacking if lacks]:
+    if what := [f"{model.label} lacks {some(sorted(lacks))}" for model, lacks in lacking if lacks]:
         raise PlanError(f"the models do not have the same tensors: {'; '.join(what)}")
     selected = AdapterConfig.from_dict({"peft_type": "LORA", "target_modules": target_modules})
     linear, others = [], []
     for name, tensor in old.target.tensors.items():
         module, is_matrix = name.removesuffix(".weight"), name.endswith(".weight") and tensor.dim() == 2
-        by_kind = selected.selects_by_kind
-        if not is_matrix or not selected.targets_module(module) or (by_kind and _HEAD.search(module)):
+        by_kind, is_embedding = selected.selects_by_kind, _EMBEDDING.search(module)
+        if not is_matrix or not selected.targets_module(module) or (by_kind and (is_embedding or _HEAD.search(module))):
             others.append(name)
             continue
-        if _EMBEDDING.search(module):
-            if not by_kind:
-                raise PlanError(f"{name} is an embedding, which gets no factors here; leave it to rest='save'")
-            others.append(name)
-            continue
+        if is_embedding:
+            raise PlanError(f"{name} is an embedding, which gets no factors here; leave it to rest='save'")
         for model in (old, new):
             other = model.target.tensors[name]
             if other.dtype not in FLOAT_DTYPES or other.shape != tensor.shape:
@@ -242,11 +238,6 @@ def _same(old: _Model, new: _Model, name: str) -> bool:
         return False
     a, b = old.read(name), new.read(name)
     return torch.equal(a, b.to(a.device)) if a.dtype == b.dtype else bool((a.float() == b.to(a.device).float()).all())
-
-
-def _some(names: Any) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -286,7 +277,7 @@ def _decompose(
     workspace: Workspace,
 ) -> _Found:
     before = old.read(name).to(device)
-    base_norm = math.sqrt(sum(float(before[r].float().square().sum()) for r in row_blocks(*before.shape)))
+    base_norm = frobenius(before)
     difference = workspace.empty(before.shape, torch.float32, device).copy_(new.read(name))
     difference -= before
     del before
@@ -338,21 +329,16 @@ def _as_patch(
 ) -> Patch:
     """The PEFT adapter: scaling 1 everywhere, ranks in r and rank_pattern."""
     modules = {name.removesuffix(".weight"): rank for name, rank in ranks.items() if rank}
-    usual = Counter(modules.values()).most_common(1)[0][0]
-    unusual = {module: rank for module, rank in modules.items() if rank != usual}
     tensors: dict[str, Tensor] = {}
     for name, difference in found.items():
         if ranks[name]:
             lora_A, lora_B = difference.leading.factors(ranks[name])
-            key = f"base_model.model.{name.removesuffix('.weight')}"
+            key = f"{KEY_PREFIX}{name.removesuffix('.weight')}"
             tensors |= {f"{key}.lora_A.weight": lora_A.to(dtype), f"{key}.lora_B.weight": lora_B.to(dtype)}
     to_save, bias = _whole(new, saved, modules, tensors)
     config = {
         "peft_type": "LORA",
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": unusual,
-        "alpha_pattern": dict(unusual),
+        **ranks_and_alphas({module: (rank, 1.0) for module, rank in modules.items()}),
         "target_modules": _target_modules(modules, linear),
         "modules_to_save": to_save or None,
         "bias": "all" if bias else "none",
@@ -370,15 +356,15 @@ def _whole(
     to_save: dict[str, None] = {}
     bias = False
     for name in saved:
-        module = name.rpartition(".")[0]
+        module, _, leaf = name.rpartition(".")
         if module in modules:
             bias = True
-            tensors[f"base_model.model.{module}.base_layer.{split(name)[2][1:]}"] = new.read(name).clone()
+            tensors[f"{KEY_PREFIX}{module}.base_layer.{leaf}"] = new.read(name).clone()
         else:
             to_save[module] = None
     for name in new.target.tensors:
         if name.rpartition(".")[0] in to_save:
-            tensors[f"base_model.model.{name}"] = new.read(name).clone()
+            tensors[f"{KEY_PREFIX}{name}"] = new.read(name).clone()
     return list(to_save), bias
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import PatchError
 from .execute import update_norms
 from .live import Live, as_patches, live_target
 from .live import plan as plan_live
@@ -62,22 +61,16 @@ class Fingerprint:
     @classmethod
     def from_patch(cls, patch: Patch) -> Fingerprint | None:
         """The fingerprint in a patch's metadata, or None; raises PatchError if it is garbled."""
-        text = patch.metadata.get(METADATA_KEY)
-        if text is None:
-            return None
-        try:
-            raw = json.loads(text)
-            if raw["version"] != 1:
-                raise ValueError(f"version {raw['version']!r} is unknown here")
+
+        def read(raw: Any) -> Fingerprint:
             weights = {
                 str(key): WeightPrint(str(dtype), int(numel), str(digest), _unpack(base64.b64decode(samples)))
                 for key, (dtype, numel, digest, samples) in raw["weights"].items()
             }
             return cls(raw["name"], weights)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise PatchError(
-                f"{patch.name}: the fingerprint of the base ({METADATA_KEY}) is garbled: {error!r}; stamp it again"
-            ) from None
+
+        what = f"the fingerprint of the base ({METADATA_KEY})"
+        return patch.record(METADATA_KEY, read, what, "; stamp it again")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +21,14 @@ from .reference import FLOAT_DTYPES
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."  # what PEFT puts before the names of the model's modules
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
 )
+
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,23 @@ class Patch:
             weights.unlink(missing_ok=True)
             config.unlink(missing_ok=True)
 
+    def record(self, key: str, read: Callable[[Any], Record], what: str, fix: str = "") -> Record | None:
+        """What ``read`` makes of the JSON object, of version 1, that the metadata hold under ``key``; None without one.
+
+        Raises:
+            PatchError: it is garbled; ``what`` names it, ``fix`` ends the message.
+        """
+        text = self.metadata.get(key)
+        if text is None:
+            return None
+        try:
+            raw = json.loads(text)
+            if raw["version"] != 1:
+                raise ValueError(f"version {raw['version']!r} is unknown here")
+            return read(raw)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise PatchError(f"{self.name}: {what} is garbled: {error!r}{fix}") from None
+
     def with_metadata(self, **metadata: str) -> Patch:
         """The same patch with further entries in the file's metadata."""
         return replace(self, metadata={**self.metadata, **metadata})
@@ -251,7 +273,7 @@ def _check_tensor(key: str, tensor: Tensor) -> None:
 
 
 def _strip_prefix(key: str) -> str:
-    for prefix in ("base_model.model.", "base_model."):
+    for prefix in (KEY_PREFIX, "base_model."):
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key

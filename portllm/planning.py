@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,18 +157,18 @@ class Plan:
         """Raise PlanError if nothing matches, or, when ``strict``, if anything on either side does not."""
         if not self.updates and not self.assigns:
             raise PlanError(
-                f"the patch matches nothing in the target; the first of its names: {_some(self.unmatched_patch)}; "
+                f"the patch matches nothing in the target; the first of its names: {some(self.unmatched_patch)}; "
                 "is it a patch for another model?"
             )
         if strict and self.unmatched_patch:
             raise PlanError(
-                f"{len(self.unmatched_patch)} names of the patch are not in the target: {_some(self.unmatched_patch)}; "
+                f"{len(self.unmatched_patch)} names of the patch are not in the target: {some(self.unmatched_patch)}; "
                 "strict=False (--no-strict) applies the rest"
             )
         if strict and self.unmatched_target:
             raise PlanError(
                 f"the patch has no factors for {len(self.unmatched_target)} modules that its target_modules cover: "
-                f"{_some(self.unmatched_target)}; strict=False (--no-strict) leaves them as they are"
+                f"{some(self.unmatched_target)}; strict=False (--no-strict) leaves them as they are"
             )
 
     def negated(self) -> Plan:
@@ -180,7 +180,7 @@ class Plan:
         if not self.is_linear:
             names = [a.name for a in self.assigns] + [u.name for u in self.updates if u.is_dora]
             raise PlanError(
-                f"{_some(tuple(names))} cannot be subtracted (replaced values, or DoRA); keep a copy of them"
+                f"{some(tuple(names))} cannot be subtracted (replaced values, or DoRA); keep a copy of them"
             )
         updates = tuple(replace(u, terms=tuple(replace(t, scaling=-t.scaling) for t in u.terms)) for u in self.updates)
         return replace(self, updates=updates, untie={})
@@ -224,7 +224,8 @@ class Plan:
         )
 
 
-def _some(names: tuple[str, ...], limit: int = 3) -> str:
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first of the names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .reference import ieee_matmul, row_blocks
+from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
 _BLOCKS = 2  # of the Krylov basis
 _WIDTH = 16  # columns come in whole vectors of the matrix library
@@ -64,11 +64,16 @@ class Leading:
         return int(enough[0]) + 1 if len(enough) else None
 
 
+def frobenius(matrix: Tensor) -> float:
+    """The Frobenius norm of [m, n]; rows in fp32 (fp64 where the matrix is fp64), and their sum in fp64."""
+    return float(torch.linalg.vector_norm(matrix, dim=1, dtype=accumulation_dtype(matrix)).double().norm())
+
+
 def leading(
     matrix: Tensor, count: int, *, generator: torch.Generator | None = None, workspace: Workspace | None = None
 ) -> Leading:
     """The ``count`` largest singular values of ``matrix`` [m, n] fp32 and their vectors, at most min(m, n) of them."""
-    norm = float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
+    norm = frobenius(matrix)
     short = min(matrix.shape)
     count = min(count, short)
     width = -(-count // _WIDTH) * _WIDTH
