@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,13 @@ def make(
     return Patch.from_tensors(tensors, config, name=name)
 
 
-def deltas(patch: Patch) -> dict[str, Tensor]:
-    """Each module's delta, fp64."""
+def deltas(patch: Patch, part: Callable[[Tensor], Tensor] = lambda factor: factor) -> dict[str, Tensor]:
+    """Each module's delta, fp64; with ``part=torch.abs`` the sum of its products' magnitudes."""
     found = {}
     for entry in patch.entries:
         assert isinstance(entry, portllm.patch.LoraEntry)
-        found[entry.module] = entry.scaling * (entry.lora_B.double() @ entry.lora_A.double().flatten(1))
+        lora_A, lora_B = part(entry.lora_A.double().flatten(1)), part(entry.lora_B.double())
+        found[entry.module] = entry.scaling * (lora_B @ lora_A)
     return found
 
 
@@ -75,11 +76,11 @@ def total(*pairs: tuple[Patch, float]) -> dict[str, Tensor]:
 
 
 def assert_adds(patch: Patch, expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
-    """The patch's deltas are these, to a share of their norm."""
-    found = deltas(patch)
+    """The patch's deltas are these, to a share of what their products add up to: where they cancel, rounding stays."""
+    found, sizes = deltas(patch), deltas(patch, torch.abs)
     assert found.keys() == expected.keys()
     for module, delta in expected.items():
-        assert float((found[module] - delta).norm()) <= tolerance * float(delta.norm()) + 1e-30, module
+        assert float((found[module] - delta).norm()) <= tolerance * float(sizes[module].norm()) + 1e-30, module
 
 
 # -- laws ------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,9 @@ def test_narrow_factors_stay_as_they_are_where_that_is_exact(weights: Any, dtype
     key = "base_model.model.layers.0.o.lora_A.weight"
     assert same_bits(made.tensors[key], torch.cat([patch.tensors[key] for patch, _ in pairs]))
     wide = combine([(pairs[0][0], 0.3), (pairs[1][0], 0.7)])
-    assert {tensor.dtype for tensor in wide.tensors.values()} == {torch.float32}
+    # A module whose few weighted numbers all happen to be exact may stay narrow: only those with many are sure.
+    many = [tensor for key, tensor in wide.tensors.items() if any(f".{module}." in key for module in "qvo")]
+    assert {tensor.dtype for tensor in many} == {torch.float32}
     mixed = combine([make("p", 2, torch.bfloat16), make("q", 2, torch.float16)])
     assert {tensor.dtype for tensor in mixed.tensors.values()} == {torch.float32}
 

@@ -59,11 +59,16 @@ def test_the_top_level_name_kernels_is_not_ours() -> None:
 
 
 def test_import_time_on_top_of_torch(tmp_path: Path) -> None:
-    """All public names, from compiled bytecode, in CPU time: best of several forks of a process that has torch."""
+    """All public names, from compiled bytecode, in CPU time, beside torch's own import on the same machine.
+
+    The best of several forks of a process that has torch; 3 to 5 % was usual.
+    """
     code = f"""
 import gc, json, os, sys, time
-sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}
+start = time.process_time()
 import torch
+torch_time = time.process_time() - start
+sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}
 gc.collect(); gc.freeze()
 times = []
 for _ in range(6):
@@ -76,10 +81,10 @@ for _ in range(6):
         os._exit(0)
     os.wait()
     times.append(float(os.read(read, 100)))
-print(json.dumps(times))
+print(json.dumps([torch_time, times]))
 """
-    times = python(code)
-    assert min(times) < 0.060, times
+    torch_time, times = python(code)
+    assert min(times) < torch_time / 10, (torch_time, times)
 
 
 def test_public_names() -> None:
