@@ -25,3 +25,7 @@ class CheckpointError(PortllmError, ValueError):
 
 class BackendError(PortllmError, RuntimeError):
     """The backend that was asked for is not available here, or does not take this weight."""
+
+
+class RecordError(PortllmError, RuntimeError):
+    """A patch cannot be taken off exactly: the weights are not what they were, or its record is not for them."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native, reference
-from .errors import BackendError
+from .errors import BackendError, RecordError
+from .record import Record, exchange_
 from .reference import FLOAT_DTYPES
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -26,6 +27,10 @@ torch.library.define("portllm::lowrank_add_", f"({_ARGUMENTS}, str backend='auto
 # The compiled libraries only add implementations to these schemas, so the ops exist with and without them.
 torch.library.define("portllm::lowrank_add_cpu_", f"({_ARGUMENTS}) -> ()")
 torch.library.define("portllm::lowrank_add_cuda_", f"({_ARGUMENTS}) -> ()")
+torch.library.define(
+    "portllm::lowrank_exchange_cpu_",
+    f"({_ARGUMENTS.replace('n_terms', 'n_old, int[] n_new')}, Tensor lengths, Tensor data) -> (Tensor, Tensor, Tensor)",
+)
 
 
 def lowrank_add_(
@@ -61,6 +66,108 @@ def lowrank_add_(
         torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
     else:  # each step of the dispatcher copies the lists, which costs more than updating a small weight
         _bump_versions(_dispatch, weights, lora_A, lora_B, scalings, n_terms, backend)
+
+
+def lowrank_exchange_(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_old: Sequence[int],
+    n_new: Sequence[int],
+    records: Sequence[Record | None],
+    backend: str = "auto",
+) -> list[Record | None]:
+    """In place, for each weight, in one pass: take off its old terms, to the last bit, and add its new ones.
+
+    What the new terms leave is, bit for bit, ``lowrank_add_`` of them on the weights that the old ones were added
+    to, and they can be taken off in the same way.
+
+    Args:
+        weights, lora_A, lora_B, scalings: as for ``lowrank_add_``; of each weight the old terms come first.
+        n_old: how many terms are taken off each weight: exactly those that its record is of, in their order.
+        n_new: how many are added.
+        records: of each weight what an earlier call returned for it; None where n_old is 0.
+        backend: "auto", or one of ``BACKENDS``; "cpu" and "torch" keep records, others leave it to "torch".
+
+    Returns:
+        The record of the new terms of each weight; None where there are none.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
+        BackendError: the backend is not available, or the terms were not summed by it; nothing has been written.
+        RecordError: a record is not that of what was added to the weight, or the weight has changed since. Weights
+            may be changed by then: compare a checksum before, where that can happen (``portllm.undo`` does).
+    """
+    n_terms = [old + new for old, new in zip(n_old, n_new, strict=True)]
+    _check(weights, lora_A, lora_B, scalings, n_terms)
+    chosen = {kind: name if name == "cpu" else "torch" for kind, name in backends_for(weights, backend).items()}
+    names = [chosen[weight.device, weight.dtype] for weight in weights]
+    by = {name: _summed_by(name) for name in {*names}}
+    for i, (record, old) in enumerate(zip(records, n_old, strict=True)):
+        if (record is None) != (old == 0):
+            raise ValueError(f"lowrank_exchange_: weights[{i}] has {old} old terms and {record}")
+        if record is not None and record.by != by[names[i]]:
+            raise BackendError(
+                f"the terms of weights[{i}] were added by {record.by} and can be taken off by nothing else, which is "
+                f"not what runs here ({by[names[i]]}); see PORTLLM_BACKEND and PORTLLM_CPU_ISA"
+            )
+    starts = [0, *accumulate(n_terms)]
+    made: list[Record | None] = [None] * len(weights)
+    torch.autograd.graph.increment_version(weights)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        native = [i for i, name in enumerate(names) if name == "cpu"]
+        if native:
+            terms = [t for i in native for t in range(starts[i], starts[i + 1])]
+            made_there = _exchange_cpu(
+                [weights[i] for i in native],
+                [lora_A[t] for t in terms],
+                [lora_B[t] for t in terms],
+                [scalings[t] for t in terms],
+                [n_old[i] for i in native],
+                [n_new[i] for i in native],
+                [records[i] for i in native],
+            )
+            for i, record in zip(native, made_there, strict=True):
+                made[i] = record
+        for i, name in enumerate(names):
+            if name == "torch":
+                old, new = slice(starts[i], starts[i] + n_old[i]), slice(starts[i] + n_old[i], starts[i + 1])
+                parts = [(lora_A[part], lora_B[part], scalings[part]) for part in (old, new)]
+                made[i] = exchange_(weights[i], parts[0], parts[1], records[i], by[name])
+    return made
+
+
+def _summed_by(backend: str) -> str:
+    """Whose sums a record is of: only the same ones, to the last bit, can be taken off again."""
+    if backend == "cpu":
+        return "cpu, amx, 1" if _native.isa() == "amx_bf16" else "cpu, fma, 1"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _exchange_cpu(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    n_old: Sequence[int],
+    n_new: Sequence[int],
+    records: Sequence[Record | None],
+) -> list[Record | None]:
+    lengths = [torch.empty(0, dtype=torch.int16), *(record.lengths for record in records if record is not None)]
+    data = [torch.empty(0, dtype=torch.uint8), *(record.data for record in records if record is not None)]
+    try:
+        new_lengths, new_data, ends = torch.ops.portllm.lowrank_exchange_cpu_(
+            weights, lora_A, lora_B, scalings, n_old, n_new, torch.cat(lengths), torch.cat(data)
+        )
+    except RuntimeError as error:
+        raise RecordError(str(error).splitlines()[0]) from error
+    made: list[Record | None] = []
+    chunk = byte = 0
+    for count, (chunks, bytes_) in zip(n_new, ends.view(-1, 2).tolist(), strict=True):
+        made.append(Record(new_lengths[chunk:chunks], new_data[byte:bytes_], _summed_by("cpu")) if count else None)
+        chunk, byte = chunks, bytes_
+    return made
 
 
 def _watched(*lists: Sequence[Tensor]) -> bool:

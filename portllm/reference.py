@@ -69,13 +69,28 @@ def lowrank_add_(
     first = 0
     with ieee_matmul():
         for weight, count in zip(weights, n_terms, strict=True):
-            terms = range(first, first + count)
+            terms = slice(first, first + count)
             first += count
-            dtype = accumulation_dtype(weight)
-            wide_A = {t: lora_A[t].to(dtype) for t in terms}
+            delta = Delta(weight, lora_A[terms], lora_B[terms], scalings[terms])
             for rows in row_blocks(*weight.shape):
                 block = weight[rows]
-                delta = torch.zeros(block.shape, dtype=dtype, device=weight.device)
-                for t in terms:
-                    delta.add_(lora_B[t][rows].to(dtype) @ wide_A[t], alpha=scalings[t])
-                block.copy_(delta.add_(block))
+                block.copy_(delta.rows(rows).add_(block))
+
+
+class Delta:
+    """The sum of a weight's terms, a block of rows at a time."""
+
+    def __init__(
+        self, weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
+    ) -> None:
+        self._like = weight
+        self._dtype = accumulation_dtype(weight)
+        self._terms = [(a.to(self._dtype), b, s) for a, b, s in zip(lora_A, lora_B, scalings, strict=True)]
+
+    def rows(self, rows: slice) -> Tensor:
+        """[rows, n], in the dtype that sums are held in; of zeros where there is no term."""
+        block = self._like[rows]
+        delta = torch.zeros(block.shape, dtype=self._dtype, device=block.device)
+        for lora_A, lora_B, scaling in self._terms:
+            delta.add_(lora_B[rows].to(self._dtype) @ lora_A, alpha=scaling)
+        return delta

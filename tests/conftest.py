@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 SEED = int(os.environ.get("PORTLLM_TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a run in the background inherits this, and tests raise SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

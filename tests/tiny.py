@@ -120,4 +120,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in dtype, shape and every bit (also of NaNs)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) if a.numel() else True
+    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b))) if a.numel() else True

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/half.h"
+#include "cpu/undo.h"
 
 namespace portllm {
 namespace {
@@ -67,6 +68,122 @@ struct Avx512Single {
   static void update(float* w, Vec first, Vec second) {
     store(w, no_nan_payload(_mm512_add_ps(load(w), first)));
     store(w + kWidth, no_nan_payload(_mm512_add_ps(load(w + kWidth), second)));
+  }
+
+  // What guess() in undo.h gives, for 32 words.
+  static __m512i guess(const bf16*, __m512i after, Vec even, Vec odd) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    even = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(after, 16)), even);
+    odd = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_and_si512(after, upper)), odd);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+    return _mm512_ternarylogic_epi32(upper, high, low, 0xca);  // upper ? high : low, bit by bit
+  }
+  static __m512i guess(const fp16*, __m512i after, Vec first, Vec second) {
+    const Vec low = _mm512_sub_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(after)), first);
+    const Vec high = _mm512_sub_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(after, 1)), second);
+    constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm512_cvtps_ph(no_nan_payload(low), kRound)),
+        _mm512_cvtps_ph(no_nan_payload(high), kRound), 1);
+  }
+
+  // Stores the words that the mask names, one after the other, and what comes behind them.
+  static void compress(uint16_t* out, __mmask32 mask, __m512i words) {
+    const auto half = [&](__mmask16 bits, __m256i x, uint16_t* to) {
+      const __m512i wide = _mm512_maskz_compress_epi32(bits, _mm512_cvtepu16_epi32(x));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(wide));
+    };
+    const auto low = static_cast<__mmask16>(mask);
+    half(low, _mm512_castsi512_si256(words), out);
+    half(mask >> 16, _mm512_extracti64x4_epi64(words, 1), out + __builtin_popcount(low));
+  }
+  // The other way round: the words that follow in memory, at the places that the mask names.
+  static __m512i expand(__mmask32 mask, const uint16_t* in) {
+    const auto half = [&](__mmask16 bits, const uint16_t* from) {
+      const auto* p = reinterpret_cast<const __m256i*>(from);
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+      return _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(bits, wide));
+    };
+    const auto low = static_cast<__mmask16>(mask);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half(low, in)),
+                              half(mask >> 16, in + __builtin_popcount(low)), 1);
+  }
+
+  template <class U>
+  [[gnu::always_inline]] static void note_strays(uint32_t mask, __m512i before, int column, Log<U>& log) {
+    U bits[64 / sizeof(U)];
+    _mm512_storeu_si512(bits, before);
+    for (; mask; mask &= mask - 1) {
+      const int i = __builtin_ctz(mask);
+      log.stray[log.strays++] = {static_cast<uint16_t>(column + i), bits[i]};
+    }
+  }
+
+  template <class S, class E>
+  static void record(E* w, Vec first, Vec second, int column, Log<Bits<E>>& log) {
+    if constexpr (sizeof(E) == 2) {
+      const __m512i before = _mm512_loadu_si512(w);
+      S::update(w, first, second);
+      const __m512i exponent = _mm512_set1_epi16(kExponent<E>);
+      const __m512i after = _mm512_loadu_si512(w);
+      const __m512i guessed = guess(w, after, first, second);
+      const __mmask32 member = _mm512_cmpgt_epu16_mask(_mm512_and_si512(after, exponent),
+                                                       _mm512_and_si512(guessed, exponent));
+      const __m512i code = _mm512_sub_epi16(before, guessed);
+      const __mmask32 stray = _mm512_test_epi16_mask(code, code) & ~member;
+      S::compress(log.codes + log.members, member, code);
+      log.members += __builtin_popcount(member);
+      if (stray) [[unlikely]] note_strays(stray, before, column, log);
+    } else {
+      const __m512i before[] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + kWidth)};
+      S::update(w, first, second);
+      const __m512i exponent = _mm512_set1_epi32(kExponent<E>);
+      const Vec sums[] = {first, second};
+      for (int i = 0; i < 2; ++i) {
+        const Vec after = load(w + i * kWidth);
+        const __m512i guessed = _mm512_castps_si512(_mm512_sub_ps(after, sums[i]));
+        const __mmask16 member =
+            _mm512_cmpgt_epu32_mask(_mm512_and_si512(_mm512_castps_si512(after), exponent),
+                                    _mm512_and_si512(guessed, exponent));
+        const __m512i code = _mm512_sub_epi32(before[i], guessed);
+        const __mmask16 stray = _mm512_test_epi32_mask(code, code) & ~member;
+        const __m512i codes = _mm512_maskz_compress_epi32(member, code);
+        _mm512_storeu_si512(log.codes + log.members, codes);
+        log.members += __builtin_popcount(member);
+        if (stray) [[unlikely]] note_strays(stray, before[i], column + i * kWidth, log);
+      }
+    }
+  }
+
+  // All but the strays.
+  template <class S, class E>
+  static void restore(E* w, Vec first, Vec second, Log<Bits<E>>& log) {
+    if constexpr (sizeof(E) == 2) {
+      const __m512i exponent = _mm512_set1_epi16(kExponent<E>);
+      const __m512i after = _mm512_loadu_si512(w);
+      const __m512i guessed = guess(w, after, first, second);
+      const __mmask32 member = _mm512_cmpgt_epu16_mask(_mm512_and_si512(after, exponent),
+                                                       _mm512_and_si512(guessed, exponent));
+      const __m512i code = S::expand(member, log.codes + log.next);
+      log.next += __builtin_popcount(member);
+      _mm512_storeu_si512(w, _mm512_add_epi16(guessed, code));
+    } else {
+      const __m512i exponent = _mm512_set1_epi32(kExponent<E>);
+      const Vec sums[] = {first, second};
+      for (int i = 0; i < 2; ++i) {
+        const Vec after = load(w + i * kWidth);
+        const __m512i guessed = _mm512_castps_si512(_mm512_sub_ps(after, sums[i]));
+        const __mmask16 member =
+            _mm512_cmpgt_epu32_mask(_mm512_and_si512(_mm512_castps_si512(after), exponent),
+                                    _mm512_and_si512(guessed, exponent));
+        const __m512i codes = _mm512_loadu_si512(log.codes + log.next);
+        log.next += __builtin_popcount(member);
+        const __m512i code = _mm512_maskz_expand_epi32(member, codes);
+        _mm512_storeu_si512(w + i * kWidth, _mm512_add_epi32(guessed, code));
+      }
+    }
   }
 };
 

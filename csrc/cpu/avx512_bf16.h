@@ -1,4 +1,4 @@
-// The wrapper for AVX-512 with BF16; see kernel.h. To be included inside of the target that it is for.
+// The wrapper for AVX-512 with BF16 and VBMI2; see kernel.h. To be included inside of the target that it is for.
 #pragma once
 
 #include "cpu/avx512.h"
@@ -15,6 +15,13 @@ struct Avx512Bf16Single : Avx512Single {
   static Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, pairs(a), pairs(b)); }
 
   using Avx512Single::update;
+
+  static void compress(uint16_t* out, __mmask32 mask, __m512i words) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, words));
+  }
+  static __m512i expand(__mmask32 mask, const uint16_t* in) {
+    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(in));
+  }
 
   static void update(bf16* w, Vec even, Vec odd) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));

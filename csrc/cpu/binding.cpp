@@ -1,7 +1,9 @@
-// The CPU implementation of portllm::lowrank_add_cpu_, whose schema portllm/ops.py defines:
+// The CPU implementation of portllm::lowrank_add_cpu_ and lowrank_exchange_cpu_, whose schemas
+// portllm/ops.py defines:
 //   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -12,6 +14,9 @@
 #include "cpu/lowrank_add.h"
 
 namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // How many weights a thread reads at least.
 constexpr int64_t kGrain = 1024;
@@ -69,7 +74,7 @@ struct Operand {
 };
 
 // The tensor as a matrix; nothing if it is none that the kernel takes.
-std::optional<Operand> read(AtenTensorHandle tensor, bool written = false) {
+std::optional<Operand> operand(AtenTensorHandle tensor, bool written = false) {
   int64_t dim = 0;
   int32_t device = -1;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
@@ -91,55 +96,209 @@ std::optional<Operand> read(AtenTensorHandle tensor, bool written = false) {
   return Operand{{data, *dtype, strides[0], strides[1]}, sizes[0], sizes[1]};
 }
 
-// Refuses, before the first write, all that `_check` in portllm/ops.py does, which then says why.
-void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensors tensors(stack[0]), lora_A(stack[1]), lora_B(stack[2]);
-  const List scalings(stack[3]), n_terms(stack[4]);
-  const auto count = static_cast<int64_t>(tensors.size());
-  const auto total = static_cast<int64_t>(lora_A.size());
+// The lists of an op, read and checked. Refuses, before the first write, all that `_check` in
+// portllm/ops.py does, which then says why.
+struct Problem {
+  const Tensors tensors, lora_A, lora_B;
+  const List scalings;
+  std::vector<portllm::Weight> weights;
+  std::vector<portllm::Term> terms;
 
-  const portllm::Isa* isa = portllm::chosen_isa();
-  STD_TORCH_CHECK(isa, "lowrank_add_cpu_: PORTLLM_CPU_ISA names a variant this CPU does not have");
-  STD_TORCH_CHECK(n_terms.size() == tensors.size() && lora_B.size() == lora_A.size() &&
-                      scalings.size() == lora_A.size(),
-                  "lowrank_add_cpu_: the lists do not have fitting lengths");
-  std::vector<portllm::Weight> weights(count);
-  std::vector<portllm::Term> terms(total);
-  int64_t end = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto n = n_terms.get<int64_t>(i);
-    const auto w = read(tensors.get<AtenTensorHandle>(i), true);
-    STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
-                    "] must be a 2-D tensor of floats on the CPU, with one term or more");
-    weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
-    end += n;
-  }
-  std::atomic<bool> fit = end == total;
-  // Factors lie anywhere in memory, so that their attributes come faster to several threads.
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      for (portllm::Term& term : weights[i].terms) {
-        const size_t t = &term - terms.data();
-        const auto a = read(lora_A.get<AtenTensorHandle>(t));
-        const auto b = read(lora_B.get<AtenTensorHandle>(t));
-        if (a && b && b->rows == weights[i].rows && a->cols == weights[i].cols &&
-            a->rows == b->cols && a->rows > 0) {
-          term = {a->matrix, b->matrix, a->rows, scalings.get<double>(t)};
-        } else {
-          fit = false;
+  // Takes the first four arguments.
+  explicit Problem(StableIValue* stack)
+      : tensors(stack[0]), lora_A(stack[1]), lora_B(stack[2]), scalings(stack[3]) {}
+
+  // The terms of each weight are counted by n_terms.
+  void parse(const std::vector<int64_t>& n_terms) {
+    const auto count = static_cast<int64_t>(tensors.size());
+    const auto total = static_cast<int64_t>(lora_A.size());
+    STD_TORCH_CHECK(n_terms.size() == tensors.size() && lora_B.size() == lora_A.size() &&
+                        scalings.size() == lora_A.size(),
+                    "lowrank_add_cpu_: the lists do not have fitting lengths");
+    weights.resize(count);
+    terms.resize(total);
+    int64_t end = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = n_terms[i];
+      const auto w = operand(tensors.get<AtenTensorHandle>(i), true);
+      STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
+                      "] must be a 2-D tensor of floats on the CPU, with one term or more");
+      weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
+      end += n;
+    }
+    std::atomic<bool> fit = end == total;
+    // Factors lie anywhere in memory, so that their attributes come faster to several threads.
+    torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        for (portllm::Term& term : weights[i].terms) {
+          const size_t t = &term - terms.data();
+          const auto a = operand(lora_A.get<AtenTensorHandle>(t));
+          const auto b = operand(lora_B.get<AtenTensorHandle>(t));
+          if (a && b && b->rows == weights[i].rows && a->cols == weights[i].cols &&
+              a->rows == b->cols && a->rows > 0) {
+            term = {a->matrix, b->matrix, a->rows, scalings.get<double>(t)};
+          } else {
+            fit = false;
+          }
         }
       }
-    }
-  });
-  STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
+    });
+    STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
+  }
+};
 
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  portllm::Job job(*isa, std::move(weights), threads);
-  // Threads take blocks themselves: that also holds inside another parallel region, where torch
-  // gives the whole range to one thread. What one thread can do is done here, without waking any.
+const portllm::Isa& isa() {
+  const portllm::Isa* isa = portllm::chosen_isa();
+  STD_TORCH_CHECK(isa, "lowrank_add_cpu_: PORTLLM_CPU_ISA names a variant this CPU does not have");
+  return *isa;
+}
+
+int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+std::vector<int64_t> integers(StableIValue argument) {
+  const List list(argument);
+  std::vector<int64_t> out(list.size());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = list.get<int64_t>(i);
+  return out;
+}
+
+// Threads take blocks themselves: that also holds inside another parallel region, where torch
+// gives the whole range to one thread. What one thread can do is done here, without waking any.
+void run(portllm::Job& job) {
   torch::stable::parallel_for(0, job.threads(), 1, [&](int64_t, int64_t) { job.work(); });
+}
+
+void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
+  Problem problem(stack);
+  problem.parse(integers(stack[4]));
+  portllm::Job job(isa(), std::move(problem.weights), threads());
+  run(job);
+}
+
+// A 1-D contiguous tensor on the CPU.
+template <class T>
+T* elements(const Tensor& tensor, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_cpu() && tensor.is_contiguous() &&
+                      tensor.scalar_type() == dtype,
+                  "lowrank_exchange_cpu_: lengths must be int16 [n] and data uint8 [n], on the CPU");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// One job: takes off the old terms with the help of the record, adds the new ones and records them.
+class Exchange {
+ public:
+  Exchange(std::vector<portllm::Weight> weights, const Tensor& lengths, const Tensor& data)
+      : count_(weights.size()), ends_(torch::stable::new_empty(data, {2 * count_}, ScalarType::Long)) {
+    auto* old_lengths = elements<const uint16_t>(lengths, ScalarType::Short);
+    auto* old_data = elements<const uint8_t>(data, ScalarType::Byte);
+    auto* ends = static_cast<int64_t*>(ends_.data_ptr());
+    int64_t old_chunks = 0, chunks = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      portllm::Weight& weight = weights[i];
+      const bool records = weight.terms.size() > weight.old_terms;
+      if (weight.old_terms > 0) old_chunks += weight.chunks();
+      if (records) chunks += weight.chunks();
+      ends[2 * i] = chunks;
+    }
+    STD_TORCH_CHECK(old_chunks == lengths.numel(), "lowrank_exchange_cpu_: the record has ",
+                    lengths.numel(), " chunks, but the weights that it is for have ", old_chunks);
+    lengths_ = torch::stable::new_empty(lengths, {chunks});
+    auto* new_lengths = static_cast<uint16_t*>(lengths_.data_ptr());
+    for (int64_t i = 0; i < count_; ++i) {
+      portllm::Weight& weight = weights[i];
+      if (weight.old_terms > 0) {
+        weight.record = {old_lengths, old_data};
+        old_lengths += weight.chunks();
+      }
+      if (weight.terms.size() > weight.old_terms) {
+        weight.lengths = new_lengths;
+        new_lengths += weight.chunks();
+      }
+    }
+    job_.emplace(isa(), std::move(weights), threads());
+    STD_TORCH_CHECK(job_->old_bytes() == data.numel(), "lowrank_exchange_cpu_: the record has ",
+                    data.numel(), " bytes, where its lengths add up to ", job_->old_bytes());
+  }
+
+  void run() {
+    ::run(*job_);
+    STD_TORCH_CHECK(job_->fits(),
+                    "lowrank_exchange_cpu_: the record is not that of what was added to these weights, "
+                    "which are no longer what they were");
+  }
+
+  // (lengths, data, ends)
+  void give(const Tensor& like, StableIValue* stack) {
+    auto* ends = static_cast<int64_t*>(ends_.data_ptr());
+    const std::vector<int64_t> bytes = job_->recorded_ends();
+    for (int64_t i = 0; i < count_; ++i) ends[2 * i + 1] = bytes[i];
+    Tensor data = torch::stable::new_empty(like, {bytes.empty() ? 0 : bytes.back()});
+    auto* out = static_cast<uint8_t*>(data.data_ptr());
+    const int64_t parts = job_->threads();
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (; first < last; ++first) job_->copy_recorded(out, first, parts);
+    });
+    stack[0] = torch::stable::detail::from(lengths_);
+    stack[1] = torch::stable::detail::from(data);
+    stack[2] = torch::stable::detail::from(ends_);
+  }
+
+ private:
+  int64_t count_;
+  Tensor lengths_, ends_;
+  std::optional<portllm::Job> job_;
+};
+
+//   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_old, int[] n_new,
+//    Tensor lengths, Tensor data) -> (Tensor, Tensor, Tensor)
+void lowrank_exchange_cpu_(StableIValue* stack, uint64_t, uint64_t) {
+  Problem problem(stack);
+  const std::vector<int64_t> n_old = integers(stack[4]), n_new = integers(stack[5]);
+  const auto lengths = torch::stable::detail::to<Tensor>(stack[6]);
+  const auto data = torch::stable::detail::to<Tensor>(stack[7]);
+  std::vector<int64_t> n_terms(n_old.size());
+  bool fit = n_old.size() == n_new.size();
+  for (size_t i = 0; fit && i < n_old.size(); ++i) {
+    fit = n_old[i] >= 0 && n_new[i] >= 0;
+    n_terms[i] = n_old[i] + n_new[i];
+  }
+  STD_TORCH_CHECK(fit, "lowrank_exchange_cpu_: n_old and n_new must have an entry for each weight");
+  problem.parse(n_terms);
+  std::vector<portllm::Weight>& weights = problem.weights;
+  bool takes_off = false, adds = false;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i].old_terms = static_cast<size_t>(n_old[i]);
+    takes_off |= n_old[i] > 0;
+    adds |= n_new[i] > 0;
+  }
+  // A matrix unit sums all terms of a weight together, so there what is taken off goes first.
+  if (takes_off && adds && isa().matrix_rank > 0) {
+    std::vector<portllm::Weight> old, now;
+    for (const portllm::Weight& weight : weights) {
+      if (weight.old_terms > 0) {
+        old.push_back(weight);
+        old.back().terms = weight.terms.first(weight.old_terms);
+      }
+      now.push_back(weight);
+      now.back().terms = weight.terms.subspan(weight.old_terms);
+      now.back().old_terms = 0;
+    }
+    Exchange first(std::move(old), lengths, data);
+    const Tensor no_lengths = torch::stable::new_empty(lengths, {0});
+    const Tensor no_data = torch::stable::new_empty(data, {0});
+    Exchange second(std::move(now), no_lengths, no_data);
+    first.run();
+    second.run();
+    return second.give(data, stack);
+  }
+  Exchange exchange(std::move(weights), lengths, data);
+  exchange.run();
+  exchange.give(data, stack);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) { m.impl("lowrank_add_cpu_", lowrank_add_cpu_); }
+STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) {
+  m.impl("lowrank_add_cpu_", lowrank_add_cpu_);
+  m.impl("lowrank_exchange_cpu_", lowrank_exchange_cpu_);
+}

@@ -17,12 +17,15 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/half.h"
 #include "cpu/target.h"
 
-PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c,amx-tile,amx-bf16")
+PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,fma,f16c,amx-tile,amx-bf16")
 
 #include "cpu/avx512_bf16.h"
 
@@ -119,9 +122,13 @@ struct Panel {
   }
 };
 
-int64_t amx_scratch(const Weight& weight, int64_t cols) {
+int64_t panel_size(const Weight& weight, int64_t cols) {
   alignas(64) static char origin;
   return static_cast<char*>(Panel(weight, cols, &origin).end) - &origin;
+}
+
+int64_t amx_scratch(const Weight& weight, int64_t cols) {
+  return panel_size(weight, cols) + log_bytes(weight, kRows);
 }
 
 // The part of x of the given number in bf16; parts are rounded to nearest, so that each leaves 2^-9 of
@@ -275,9 +282,12 @@ void multiply_tile(const Weight& weight, const Chunks& chunks, const uint32_t* a
   }
 }
 
+// All terms are either added or taken off: Job sees to that where there is a matrix unit.
 template <class E>
-void amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
-                      void* scratch) {
+bool amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                      void* scratch, Recorded& recorded) {
+  std::optional<Exchange<S, E>> exchange;
+  if (weight.undoes()) exchange.emplace(weight, kRows, scratch, panel_size(weight, cols), recorded);
   const Panel panel(weight, cols, scratch);
   const int64_t tiles = round_up(cols, kColumns) / kColumns;
   const int64_t tile_words = panel.chunks.a() * kWords * kAcross;
@@ -291,7 +301,18 @@ void amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
     pack_b(weight, panel, row, rows);
     memory_is_read();
     Target<E> done{};
-    const auto finish = [&](const float* finished) {
+    const auto finish = [&](const float* finished, int64_t tile) {
+      if (exchange) {
+        exchange->begin(row, rows, col + tile * kColumns);
+        if (done.cols < kColumns || col_stride != 1) {
+          exchange->rows(done.w, done.cols, finished, finished);
+        } else {
+          for (int j = 0; j < rows * Exchange<S, E>::kPairs; ++j) {
+            exchange->pair(j, done.w, finished, finished);
+          }
+        }
+        return exchange->end(done.cols);
+      }
       if (done.cols < kColumns || col_stride != 1) return update_edge<S>(done, finished);
       for (int i = 0; i < done.rows; ++i) {
         update_row<S>(done.w + i * row_stride, finished + i * kColumns);
@@ -301,7 +322,7 @@ void amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
       fetch_ahead<kRows, kColumns>(at<E>(weight.w, row, col), row_stride, tile, tiles);
       multiply_tile(weight, panel.chunks, panel.a + tile * tile_words, panel.b);
       // The matrix unit works on its own: meanwhile W takes the sums of the tile before.
-      if (tile > 0) finish(sums[1 - tile % 2]);
+      if (tile > 0) finish(sums[1 - tile % 2], tile - 1);
       float* mine = sums[tile % 2];
       _tile_stored(0, mine, kColumns * sizeof *mine);
       _tile_stored(1, mine + 16, kColumns * sizeof *mine);
@@ -310,19 +331,23 @@ void amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
       done = {at<E>(weight.w, row, col + tile * kColumns), row_stride, col_stride, rows,
               static_cast<int>(std::min<int64_t>(kColumns, cols - tile * kColumns))};
     }
-    finish(sums[(tiles - 1) % 2]);
+    finish(sums[(tiles - 1) % 2], tiles - 1);
+    if (exchange) exchange->end_rows();
   }
   _tile_release();
+  return !exchange || exchange->fits();
 }
 
-void amx_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
-                void* scratch) {
+bool amx_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                void* scratch, Recorded& recorded) {
+  bool fits = true;
   with_type(weight.w.dtype, [&](auto e) {
     using E = decltype(e);
     if constexpr (!std::is_same_v<E, double>) {
-      amx_update_block<E>(weight, row, row_end, col, cols, scratch);
+      fits = amx_update_block<E>(weight, row, row_end, col, cols, scratch, recorded);
     }
   });
+  return fits;
 }
 
 const Isa* table() {

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/half.h"
 #include "cpu/target.h"

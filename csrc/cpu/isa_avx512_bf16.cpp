@@ -9,11 +9,13 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/half.h"
 #include "cpu/target.h"
 
-PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
+PORTLLM_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,fma,f16c")
 
 #include "cpu/avx512_bf16.h"
 
@@ -53,7 +55,8 @@ const Isa* table() { return isa<Single, Avx512Double>("avx512_bf16"); }
 PORTLLM_TARGET_END
 
 const portllm::Isa* portllm::avx512_bf16() {
-  return avx512() && __builtin_cpu_supports("avx512bf16") && dot_is_sequential() ? table()
+  return avx512() && __builtin_cpu_supports("avx512bf16") &&
+                 __builtin_cpu_supports("avx512vbmi2") && dot_is_sequential() ? table()
                                                                                  : nullptr;
 }
 

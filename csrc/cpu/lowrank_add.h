@@ -24,12 +24,37 @@ struct Term {
 
 struct Kernel;
 
+// The chunks that one thread has recorded.
+struct Recorded {
+  std::vector<uint8_t> bytes;
+  std::vector<std::vector<uint8_t>> rows;  // of the tile of rows that is being updated
+};
+
+// What takes an update of a weight off again; the bytes of a chunk are described in undo.h.
+struct Record {
+  const uint16_t* lengths;           // in bytes, of each chunk, [rows][ceil(cols / kSpan)]
+  const uint8_t* data;               // of all weights, one after the other
+  std::vector<int64_t> starts = {};  // where in data each row begins; set by Job
+};
+
 struct Weight {
   Matrix w;  // [rows, cols]
   int64_t rows;
   int64_t cols;
   std::span<Term> terms;  // of the caller, who keeps those of all weights in one vector
+  // The first of the terms are taken off with the help of their record; what the others do can be
+  // recorded: the lengths of the chunks go here.
+  size_t old_terms = 0;
+  Record record = {};
+  uint16_t* lengths = nullptr;
   const Kernel* kernel = nullptr;  // set by Job
+
+  bool undoes() const { return old_terms > 0 || lengths; }
+
+  // Whether a row of the weight in memory is a column here, and the other way round; Job turns it.
+  bool lies_turned() const { return w.col_stride != 1 && w.row_stride == 1; }
+  // How many chunks a record has.
+  int64_t chunks() const;
 };
 
 // What is done to each element, whatever the tiling and the number of threads, in every variant but
@@ -37,6 +62,8 @@ struct Weight {
 // where W is double):
 //   sum = 0; for t: { d = 0; for k: d = fma(B[i,k], A[k,j], d); sum = fma(s, d, sum); }
 //   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one.
+// Where the first terms are taken off, W becomes what it was before they were added, to the bit, before
+// the others are added.
 // Only fp64 factors of narrower weights are rounded, to float, before. On the matrix unit the sum is
 // as good as one in fp32, in an order that the ranks and the factors' formats set (isa_amx.cpp).
 //
@@ -50,9 +77,10 @@ struct Kernel {
   int64_t (*scratch)(const Weight&, int64_t cols);
   // Packs the columns [col, col + cols) of every A into scratch.
   void (*pack)(const Weight&, int64_t col, int64_t cols, void* scratch);
-  // Updates rows [row, row_end) of the columns that scratch holds.
-  void (*update)(const Weight&, int64_t row, int64_t row_end, int64_t col, int64_t cols,
-                 void* scratch);
+  // Updates rows [row, row_end) of the columns that scratch holds. Appends the chunks of the new record,
+  // row by row. False if the old record does not fit.
+  bool (*update)(const Weight&, int64_t row, int64_t row_end, int64_t col, int64_t cols,
+                 void* scratch, Recorded& recorded);
 };
 
 struct Isa {
@@ -74,11 +102,20 @@ class Job {
   // Changes the terms (see Term), which must outlive it.
   Job(const Isa& isa, std::vector<Weight> weights, int64_t threads);
 
+  // How long the data of the old records must be, all of which lie in one piece, in the order of the weights.
+  int64_t old_bytes() const { return old_bytes_; }
+
   // How many threads are worth their start, at most as many as were given.
   int64_t threads() const { return threads_; }
 
   // Takes blocks until none is left; to be called once by each thread.
   void work();
+
+  // What came of it: whether the old records fitted; the bytes of the new ones up to each weight, of
+  // the list that was given, and all of them in order, which any number of threads can copy.
+  bool fits() const { return fits_; }
+  std::vector<int64_t> recorded_ends();
+  void copy_recorded(uint8_t* out, int64_t part, int64_t parts) const;
 
  private:
   struct Grid {
@@ -87,14 +124,25 @@ class Job {
     int64_t strips;
     int64_t first_block;  // blocks are numbered through all weights; small weights share one
     int64_t end_block;
+    int64_t first_place;
+  };
+  // Where the chunks of a block of a weight are.
+  struct Place {
+    size_t thread;
+    size_t start;
   };
 
   std::vector<Weight> weights_;
   std::vector<Grid> grids_;
   int64_t blocks_ = 0;
   int64_t threads_ = 1;
+  int64_t old_bytes_ = 0;
   int64_t scratch_bytes_ = 0;
   std::atomic<int64_t> next_{0};
+  std::atomic<bool> fits_ = true;
+  std::atomic<size_t> next_thread_{0};
+  std::vector<Recorded> recorded_;  // of each thread
+  std::vector<Place> places_;
 };
 
 }  // namespace portllm
