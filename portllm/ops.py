@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
 from typing import Any
@@ -26,6 +28,10 @@ torch.library.define("portllm::lowrank_add_", f"({_ARGUMENTS}, str backend='auto
 # The compiled libraries only add implementations to these schemas, so the ops exist with and without them.
 torch.library.define("portllm::lowrank_add_cpu_", f"({_ARGUMENTS}) -> ()")
 torch.library.define("portllm::lowrank_add_cuda_", f"({_ARGUMENTS}) -> ()")
+# The same call, read once: prepare returns the number by which run and release know it.
+torch.library.define("portllm::lowrank_add_cpu_prepare", f"({_ARGUMENTS.replace('(a!)', '')}) -> int")
+torch.library.define("portllm::lowrank_add_cpu_run", "(int prepared) -> ()")
+torch.library.define("portllm::lowrank_add_cpu_release", "(int prepared) -> ()")
 
 
 def lowrank_add_(
@@ -61,6 +67,46 @@ def lowrank_add_(
         torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
     else:  # each step of the dispatcher copies the lists, which costs more than updating a small weight
         _bump_versions(_dispatch, weights, lora_A, lora_B, scalings, n_terms, backend)
+
+
+class Prepared:
+    """``lowrank_add_`` on the same tensors again and again: checked and, for the compiled library, read in once.
+
+    Args, arithmetic and errors are those of ``lowrank_add_``, raised here; the backend is chosen here too. Each call
+    adds the terms once more, with the values that the tensors have then. It finds them where they are then, also
+    after ``tensor.data = other`` or ``set_``; if they no longer fit each other it raises before the first write. It
+    may be called from several threads, which then race for the weights' values as with any in-place op.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        scalings: Sequence[float],
+        n_terms: Sequence[int],
+        backend: str = "auto",
+    ) -> None:
+        self._arguments = list(weights), list(lora_A), list(lora_B), list(scalings), list(n_terms)
+        self._backend = backend
+        self._number: int | None = None
+        chosen = set(backends_for(weights, backend).values())
+        if chosen != {"cpu"} or _watched(weights, lora_A, lora_B):
+            _check(*self._arguments)
+            return
+        with _explained(*self._arguments):
+            self._number = torch.ops.portllm.lowrank_add_cpu_prepare(*self._arguments)
+        weakref.finalize(self, torch.ops.portllm.lowrank_add_cpu_release, self._number)
+
+    def __call__(self) -> None:
+        if self._number is None or _watched():
+            lowrank_add_(*self._arguments, self._backend)
+        else:
+            _bump_versions(self._run, *self._arguments)
+
+    def _run(self, *arguments: Any) -> None:
+        with _explained(*arguments):
+            torch.ops.portllm.lowrank_add_cpu_run(self._number)
 
 
 def _watched(*lists: Sequence[Tensor]) -> bool:
@@ -229,13 +275,21 @@ def _launcher(name: str) -> _Launcher:
 
 
 def _cpu(*arguments: Any) -> None:
-    try:
+    with _explained(*arguments):
         torch.ops.portllm.lowrank_add_cpu_(*arguments)
-        return
-    except RuntimeError as error:
-        refusal = error
-    _check(*arguments)  # the library refuses the same calls, before the first write, but in fewer words
-    raise refusal
+
+
+@contextmanager
+def _explained(*arguments: Any) -> Iterator[None]:
+    """The compiled library refuses what ``_check`` does, before the first write, but in fewer words."""
+    try:
+        yield
+    except RuntimeError:
+        try:
+            _check(*arguments)
+        except ValueError as error:
+            raise error from None
+        raise
 
 
 def _triton(

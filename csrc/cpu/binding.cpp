@@ -1,10 +1,16 @@
-// The CPU implementation of portllm::lowrank_add_cpu_, whose schema portllm/ops.py defines:
-//   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
+// The CPU implementation of ops whose schemas portllm/ops.py defines:
+//   lowrank_add_cpu_(
+//       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
+//   lowrank_add_cpu_prepare(the same) -> int, and with what it returns
+//   lowrank_add_cpu_run(int prepared) -> (), lowrank_add_cpu_release(int prepared) -> ()
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -91,24 +97,40 @@ std::optional<Operand> read(AtenTensorHandle tensor, bool written = false) {
   return Operand{{data, *dtype, strides[0], strides[1]}, sizes[0], sizes[1]};
 }
 
-// Refuses, before the first write, all that `_check` in portllm/ops.py does, which then says why.
-void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensors tensors(stack[0]), lora_A(stack[1]), lora_B(stack[2]);
-  const List scalings(stack[3]), n_terms(stack[4]);
-  const auto count = static_cast<int64_t>(tensors.size());
-  const auto total = static_cast<int64_t>(lora_A.size());
+// The arguments of the op. They keep the tensors, not their memory: each read finds where it is now.
+struct Arguments {
+  explicit Arguments(StableIValue* stack)
+      : tensors(stack[0]),
+        lora_A(stack[1]),
+        lora_B(stack[2]),
+        scalings(stack[3]),
+        n_terms(stack[4]) {}
 
-  const portllm::Isa* isa = portllm::chosen_isa();
-  STD_TORCH_CHECK(isa, "lowrank_add_cpu_: PORTLLM_CPU_ISA names a variant this CPU does not have");
-  STD_TORCH_CHECK(n_terms.size() == tensors.size() && lora_B.size() == lora_A.size() &&
-                      scalings.size() == lora_A.size(),
+  Tensors tensors, lora_A, lora_B;
+  List scalings, n_terms;
+};
+
+struct Problem {
+  std::vector<portllm::Weight> weights;
+  std::vector<portllm::Term> terms;
+};
+
+// Refuses all that `_check` in portllm/ops.py does, which then says why.
+Problem read(const Arguments& given) {
+  const auto count = static_cast<int64_t>(given.tensors.size());
+  const auto total = static_cast<int64_t>(given.lora_A.size());
+  const List &scalings = given.scalings, &n_terms = given.n_terms;
+  STD_TORCH_CHECK(n_terms.size() == given.tensors.size() &&
+                      given.lora_B.size() == given.lora_A.size() &&
+                      scalings.size() == given.lora_A.size(),
                   "lowrank_add_cpu_: the lists do not have fitting lengths");
-  std::vector<portllm::Weight> weights(count);
-  std::vector<portllm::Term> terms(total);
+  Problem problem{std::vector<portllm::Weight>(count), std::vector<portllm::Term>(total)};
+  auto& [weights, terms] = problem;
   int64_t end = 0;
+  // One after the other: to end the sharing of a lazy copy is not allowed to several threads.
   for (int64_t i = 0; i < count; ++i) {
     const auto n = n_terms.get<int64_t>(i);
-    const auto w = read(tensors.get<AtenTensorHandle>(i), true);
+    const auto w = read(given.tensors.get<AtenTensorHandle>(i), true);
     STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
                     "] must be a 2-D tensor of floats on the CPU, with one term or more");
     weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
@@ -118,12 +140,13 @@ void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
   // Factors lie anywhere in memory, so that their attributes come faster to several threads.
   torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      for (portllm::Term& term : weights[i].terms) {
+      const portllm::Weight& weight = weights[i];
+      for (portllm::Term& term : weight.terms) {
         const size_t t = &term - terms.data();
-        const auto a = read(lora_A.get<AtenTensorHandle>(t));
-        const auto b = read(lora_B.get<AtenTensorHandle>(t));
-        if (a && b && b->rows == weights[i].rows && a->cols == weights[i].cols &&
-            a->rows == b->cols && a->rows > 0) {
+        const auto a = read(given.lora_A.get<AtenTensorHandle>(t));
+        const auto b = read(given.lora_B.get<AtenTensorHandle>(t));
+        if (a && b && b->rows == weight.rows && a->cols == weight.cols && a->rows == b->cols &&
+            a->rows > 0) {
           term = {a->matrix, b->matrix, a->rows, scalings.get<double>(t)};
         } else {
           fit = false;
@@ -132,14 +155,80 @@ void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
     }
   });
   STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
+  return problem;
+}
 
+// All is checked before the first write.
+void lowrank_add_(const Arguments& given) {
+  const portllm::Isa* isa = portllm::chosen_isa();
+  STD_TORCH_CHECK(isa, "lowrank_add_cpu_: PORTLLM_CPU_ISA names a variant this CPU does not have");
+  Problem problem = read(given);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  portllm::Job job(*isa, std::move(weights), threads);
+  portllm::Job job(*isa, std::move(problem.weights), threads);
   // Threads take blocks themselves: that also holds inside another parallel region, where torch
   // gives the whole range to one thread. What one thread can do is done here, without waking any.
   torch::stable::parallel_for(0, job.threads(), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
+void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) { lowrank_add_(Arguments(stack)); }
+
+// Prepared calls by number, so that no number leads to memory that is not one. A run shares its call
+// with this map: another thread may release it meanwhile.
+class Calls {
+ public:
+  int64_t add(std::shared_ptr<const Arguments> call) {
+    const std::lock_guard lock(mutex_);
+    calls_.emplace(++last_, std::move(call));
+    return last_;
+  }
+
+  std::shared_ptr<const Arguments> find(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = calls_.find(number);
+    STD_TORCH_CHECK(found != calls_.end(), "lowrank_add_cpu_: no call ", number, " is prepared");
+    return found->second;
+  }
+
+  void erase(int64_t number) {
+    const auto call = find(number);  // its tensors go when the lock is free again
+    const std::lock_guard lock(mutex_);
+    calls_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Arguments>> calls_;
+  int64_t last_ = 0;
+};
+
+Calls& calls() {
+  static Calls* const all = new Calls;  // never destroyed: at the end of the process torch may go first
+  return *all;
+}
+
+void prepare(StableIValue* stack, uint64_t, uint64_t) {
+  auto call = std::make_shared<const Arguments>(stack);
+  read(*call);
+  stack[0] = torch::stable::detail::from(calls().add(std::move(call)));
+}
+
+void run(StableIValue* stack, uint64_t, uint64_t) {
+  lowrank_add_(*calls().find(torch::stable::detail::to<int64_t>(stack[0])));
+}
+
+void release(StableIValue* stack, uint64_t, uint64_t) {
+  calls().erase(torch::stable::detail::to<int64_t>(stack[0]));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) { m.impl("lowrank_add_cpu_", lowrank_add_cpu_); }
+STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) {
+  m.impl("lowrank_add_cpu_", lowrank_add_cpu_);
+  m.impl("lowrank_add_cpu_prepare", prepare);
+}
+
+// Without a tensor among the arguments there is no device to go by.
+STABLE_TORCH_LIBRARY_IMPL(portllm, CompositeExplicitAutograd, m) {
+  m.impl("lowrank_add_cpu_run", run);
+  m.impl("lowrank_add_cpu_release", release);
+}
