@@ -12,7 +12,7 @@ Cases:
 Factors are random in all bits of their dtype; fp32 is what PEFT loads an adapter as. B is scaled so that each patch is
 ``--delta`` of its weight, in the Frobenius norm. All ways run in one process, in turn, round after round; figures are
 medians. The limit is the fastest pass that reads and writes every weight once, in place. The roofline is the longer one
-of that pass and of the multiply-adds alone, at the rate that peak.py measures beside each case.
+of that pass and of the multiply-adds alone, at the rate that peak.py measures in each round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +39,13 @@ SMALL_WAYS = ("limit", "portllm", "prepared", "addmm_", "peft")
 OURS = ("portllm", "prepared", "one_patch")  # whose instruction the roofline counts
 
 
-def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each way: median, 20th and 80th percentile over the rounds, after one warm-up round."""
+def measure(case: Case, ways: tuple[str, ...], rounds: int, probe: Callable[[], float] | None) -> dict[str, Any]:
+    """Seconds of each way: median, 20th and 80th percentile over the rounds, after one warm-up round.
+
+    Also the median of what the probe measures, once a round.
+    """
     times: dict[str, list[float]] = {way: [] for way in ways}
+    rates: list[float] = []
     for number in range(rounds + 1):
         for way in ways:
             call: Callable[[], None] = getattr(case, way)
@@ -49,7 +54,10 @@ def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[st
             if number:
                 seconds = time.perf_counter() - started
                 times[way].append(seconds / case.peft_share if way == "peft" else seconds)
-    return {way: summary(samples) for way, samples in times.items()}
+        if probe:
+            rates.append(probe())
+    rate = statistics.median(rates) if rates else None
+    return {"multiply_adds_per_second": rate, "ways": {way: summary(samples) for way, samples in times.items()}}
 
 
 def extra_mib(call: Callable[[], None]) -> float | None:
@@ -68,11 +76,13 @@ def extra_mib(call: Callable[[], None]) -> float | None:
 def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Measure case after case; a result has its ``ways``, each with seconds or extra MiB."""
 
+    instruction, probe = peak.probe(kinds["factor_dtype"] == torch.bfloat16)
+
     def timed(case: str, name: str, rank: int, made: Case, ways: tuple[str, ...]) -> dict[str, Any]:
         size = {"weights": len(made.weights), "bytes": made.bytes, "patches": len(made.terms[0])}
         size |= {"peft_share": made.peft_share, "multiply_adds": made.multiply_adds}
-        rate = peak.rate(kinds["factor_dtype"] == torch.bfloat16)
-        return {"case": case, "name": name, "rank": rank, **size, **rate, "ways": measure(made, ways, arguments.rounds)}
+        measured = measure(made, ways, arguments.rounds, probe)
+        return {"case": case, "name": name, "rank": rank, **size, "instruction": instruction, **measured}
 
     for case in arguments.cases:
         if case == "layers":

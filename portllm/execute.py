@@ -32,16 +32,17 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
         tensors: must have every name in ``plan.tensors``.
 
     Returns:
-        The call, which may be made more than once. It finds a weight that has got other memory since, or raises
-        PlanError before the first write, where rows or parts of it are written.
+        The call, which may be made more than once. It finds a weight that has got other memory since, or, where
+        DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
         BackendError, ValueError, torch.OutOfMemoryError: nothing has been written then.
     """
     to_device = _Mover()
-    # Whole matrices are written as they are; of any other tensor a view is, and a view stays where it was made.
-    viewed = {a.name: tensors[a.name] for a in plan.assigns}
-    assigns = [(a, viewed[a.name].detach(), to_device(a.value, viewed[a.name].device)) for a in plan.assigns]
+    # Those that must stay as they are. A whole matrix need not, the op looks at it anew; a view of a tensor would go on
+    # writing to its old memory.
+    fixed = {a.name: tensors[a.name] for a in plan.assigns}
+    assigns = [(a, fixed[a.name].detach(), to_device(a.value, fixed[a.name].device)) for a in plan.assigns]
     weights: list[Tensor] = []
     added: list[Term] = []
     n_terms: list[int] = []
@@ -49,8 +50,9 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     for update in plan.updates:
         matrix = tensor = tensors[update.name]
         if not update.region.is_whole(tensor):
-            viewed[update.name] = tensor
             matrix = update.region.view(tensor.detach())
+        if matrix is not tensor or update.is_dora:
+            fixed[update.name] = tensor
         terms = [_on_device(term, tensor.device, to_device) for term in update.terms]
         if update.is_dora:
             dora.append((matrix, tuple(terms)))
@@ -60,11 +62,11 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
     add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
-    places = {name: _place(tensor) for name, tensor in viewed.items()}
+    places = {name: _place(tensor) for name, tensor in fixed.items()}
     inference = any(tensors[name].is_inference() for name in plan.tensors)
 
     def write() -> None:
-        for name, tensor in viewed.items():
+        for name, tensor in fixed.items():
             if _place(tensor) != places[name]:
                 raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():

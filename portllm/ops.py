@@ -96,7 +96,7 @@ class Prepared:
             return
         with _explained(*self._arguments):
             self._number = torch.ops.portllm.lowrank_add_cpu_prepare(*self._arguments)
-        weakref.finalize(self, torch.ops.portllm.lowrank_add_cpu_release, self._number)
+        weakref.finalize(self, torch.ops.portllm.lowrank_add_cpu_release, self._number).atexit = False
 
     def __call__(self) -> None:
         if self._number is None or _watched():

@@ -247,6 +247,20 @@ def test_a_prepared_plan_adds_its_terms_at_each_call() -> None:
     assert torch.equal(part, old[1])
 
 
+def test_dora_is_not_written_where_the_shape_has_changed() -> None:
+    plain, tuned = torch.randn(8, 6), torch.randn(8, 6)
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    region = Region(None, (0, 8), (0, 6))
+    updates = [Update("plain", region, (Term(a, b, 1.0),), ()), Update("dora", region, (Term(a, b, 1.0, b[:, 0]),), ())]
+    write = prepare(Plan(tuple(updates)), {"plain": plain, "dora": tuned})
+    write()
+    old = plain.clone()
+    tuned.resize_(7, 6)
+    with pytest.raises(PlanError, match="dora has other memory or another shape"):
+        write()
+    assert torch.equal(plain, old)
+
+
 def test_replaced_tensors_are_not_written_where_they_were() -> None:
     tensor, value = torch.randn(5), torch.randn(5)
     write = prepare(Plan((), (Assign("norm", value, None, 1.0, ()),)), {"norm": tensor})
