@@ -6,12 +6,13 @@
 Cases:
     layers   the seven linear weights of a decoder layer (of several, if one fits into the last-level cache), by rank
     stacked  four patches of rank 16 on each of these weights in one call, one patch alone, and four addmm_ each
-    small    10,000 weights of 64 x 64
+    small    10,000 weights of 64 x 64, by the op's call and by one that was prepared
     memory   how far the process grows during one call, on a Mistral layer: its high-water mark less what it held
 
 Factors are random in all bits of their dtype; fp32 is what PEFT loads an adapter as. B is scaled so that each patch is
 ``--delta`` of its weight, in the Frobenius norm. All ways run in one process, in turn, round after round; figures are
-medians. The limit is the fastest pass that reads and writes every weight once, in place.
+medians. The limit is the fastest pass that reads and writes every weight once, in place. The roofline is the longer one
+of that pass and of the multiply-adds alone, at the rate that peak.py measures in each round.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import machine
+import peak
 import torch
 from cases import LAYERS, WAYS, Case, layer
 from samples import resident, summary
@@ -32,11 +35,17 @@ from samples import resident, summary
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (8, 16, 64, 256)
 SMALL = 10_000
+SMALL_WAYS = ("limit", "portllm", "prepared", "addmm_", "peft")
+OURS = ("portllm", "prepared", "one_patch")  # whose instruction the roofline counts
 
 
-def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each way: median, 20th and 80th percentile over the rounds, after one warm-up round."""
+def measure(case: Case, ways: tuple[str, ...], rounds: int, probe: Callable[[], float] | None) -> dict[str, Any]:
+    """Seconds of each way: median, 20th and 80th percentile over the rounds, after one warm-up round.
+
+    Also the median of what the probe measures, once a round.
+    """
     times: dict[str, list[float]] = {way: [] for way in ways}
+    rates: list[float] = []
     for number in range(rounds + 1):
         for way in ways:
             call: Callable[[], None] = getattr(case, way)
@@ -45,7 +54,10 @@ def measure(case: Case, ways: tuple[str, ...], rounds: int) -> dict[str, dict[st
             if number:
                 seconds = time.perf_counter() - started
                 times[way].append(seconds / case.peft_share if way == "peft" else seconds)
-    return {way: summary(samples) for way, samples in times.items()}
+        if probe:
+            rates.append(probe())
+    rate = statistics.median(rates) if rates else None
+    return {"multiply_adds_per_second": rate, "ways": {way: summary(samples) for way, samples in times.items()}}
 
 
 def extra_mib(call: Callable[[], None]) -> float | None:
@@ -64,10 +76,13 @@ def extra_mib(call: Callable[[], None]) -> float | None:
 def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Measure case after case; a result has its ``ways``, each with seconds or extra MiB."""
 
+    instruction, probe = peak.probe(kinds["factor_dtype"] == torch.bfloat16)
+
     def timed(case: str, name: str, rank: int, made: Case, ways: tuple[str, ...]) -> dict[str, Any]:
         size = {"weights": len(made.weights), "bytes": made.bytes, "patches": len(made.terms[0])}
-        size["peft_share"] = made.peft_share
-        return {"case": case, "name": name, "rank": rank, **size, "ways": measure(made, ways, arguments.rounds)}
+        size |= {"peft_share": made.peft_share, "multiply_adds": made.multiply_adds}
+        measured = measure(made, ways, arguments.rounds, probe)
+        return {"case": case, "name": name, "rank": rank, **size, "instruction": instruction, **measured}
 
     for case in arguments.cases:
         if case == "layers":
@@ -80,7 +95,7 @@ def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[s
                 yield timed(case, f"4 x {family}", 16, made, ("limit", "one_patch", "portllm", "addmm_"))
         elif case == "small":
             for rank in (8, 16):
-                yield timed(case, f"{SMALL} small", rank, Case([(64, 64)] * SMALL, rank, **kinds), WAYS[1:])
+                yield timed(case, f"{SMALL} small", rank, Case([(64, 64)] * SMALL, rank, **kinds), SMALL_WAYS)
         else:
             made = Case(LAYERS["Mistral-7B"], 16, **kinds)
             grown = {way: {"extra_mib": extra_mib(getattr(made, way))} for way in WAYS}
@@ -89,7 +104,7 @@ def run(arguments: argparse.Namespace, kinds: dict[str, Any]) -> Iterator[dict[s
 
 # Width and decimals.
 COLUMNS = {"ms": (9, 1), "us/weight": (11, 2), "GB/s": (7, 1), "x peft": (8, 1), "x addmm_": (10, 2), "% limit": (9, 0)}
-COLUMNS["extra MiB"] = (11, 1)
+COLUMNS |= {"% roofline": (12, 0), "extra MiB": (11, 1)}
 
 
 def figures(result: dict[str, Any], way: str) -> dict[str, float | None]:
@@ -100,8 +115,16 @@ def figures(result: dict[str, Any], way: str) -> dict[str, float | None]:
     seconds = ways[way]["seconds"]
     faster = {f"x {other}": r["seconds"] / seconds for other, r in ways.items()}
     limit = {"% limit": 100 * faster["x limit"]} if "limit" in ways else {}
+    if way in OURS and "limit" in ways and (rate := result["multiply_adds_per_second"]):
+        limit["% roofline"] = 100 * roofline(result, way, rate) / seconds
     of_one = {"us/weight": seconds / result["weights"] * 1e6, "GB/s": result["bytes"] / seconds / 1e9}
     return {"ms": seconds * 1e3, **of_one, **faster, **limit}
+
+
+def roofline(result: dict[str, Any], way: str, rate: float) -> float:
+    """Seconds below which no update with this instruction can be."""
+    share = 1 / result["patches"] if way == "one_patch" else 1
+    return max(result["ways"]["limit"]["seconds"], share * result["multiply_adds"] / rate)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -114,6 +137,11 @@ def show(result: dict[str, Any]) -> None:
             for name, (width, decimals) in COLUMNS.items()
         ]
         print(f"{start}{way:10}{''.join(cells)}", flush=True)
+    if rate := result.get("multiply_adds_per_second"):
+        count = result["multiply_adds"] / 1e9
+        print(f"{start}{count:.3g} G multiply-adds, {rate / 1e9:.1f} G/s in {result['instruction']} chains", flush=True)
+    elif "instruction" in result:
+        print(f"{start}no roofline: {result['instruction']}", flush=True)
     if (share := result.get("peft_share", 1)) < 1:
         print(f"{start}peft merged {share:.0%} of the weights, and its time is scaled", flush=True)
     if result["case"] == "stacked":

@@ -50,8 +50,13 @@ class Case:
         self.terms = [[_factors(weight, rank, factor_dtype, delta) for _ in range(patches)] for weight in self.weights]
         self.bytes = sum(2 * w.nbytes for w in self.weights)
         self.peft_share = min(1.0, PEFT_WEIGHTS / len(shapes))
+        self.multiply_adds = sum(rank * patches * m * n for m, n in shapes)
+        # With many small weights the limit would be that of calls, not of the memory.
+        many = len(shapes) > PEFT_WEIGHTS
+        self._block = [torch.zeros(self.bytes // 2, dtype=torch.int8).view(weight_dtype)] if many else self.weights
         self._narrow = [[(a.to(weight_dtype), b.to(weight_dtype)) for a, b in terms] for terms in self.terms]
         self._calls = {count: self._arguments(count) for count in (1, patches)}
+        self._prepared: ops.Prepared | None = None
         self._peft: list[Any] = []
 
     def _arguments(self, count: int) -> tuple[list[Any], ...]:
@@ -60,12 +65,21 @@ class Case:
         return self.weights, [a for a, _ in used], [b for _, b in used], scalings, n_terms
 
     def limit(self) -> None:
-        """Read and write each weight once, changing nothing; an integer op, so that only the memory is timed."""
-        for weight in self.weights:
+        """Read and write each weight once, changing nothing; an integer op, so that only the memory is timed.
+
+        For many small weights it is one block of their size.
+        """
+        for weight in self._block:
             weight.view(torch.int16 if weight.element_size() == 2 else torch.int32).bitwise_or_(0)
 
     def portllm(self) -> None:
         ops.lowrank_add_(*self._calls[len(self.terms[0])])
+
+    def prepared(self) -> None:
+        """As ``portllm``, with the call prepared once, by its first round."""
+        if self._prepared is None:
+            self._prepared = ops.Prepared(*self._calls[len(self.terms[0])])
+        self._prepared()
 
     def one_patch(self) -> None:
         """As ``portllm``, with the first patch only."""

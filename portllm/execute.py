@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .errors import PlanError
 from .planning import Assign, Plan, Term, Update
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
@@ -30,33 +31,57 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     Args:
         tensors: must have every name in ``plan.tensors``.
 
+    Returns:
+        The call, which may be made more than once. It finds a weight that has got other memory since, or, where
+        DoRA or only a part of the tensor is written, raises PlanError before the first write.
+
     Raises:
-        BackendError, torch.OutOfMemoryError: nothing has been written then.
+        BackendError, ValueError, torch.OutOfMemoryError: nothing has been written then.
     """
     to_device = _Mover()
-    assigns = [(a, tensors[a.name].detach(), to_device(a.value, tensors[a.name].device)) for a in plan.assigns]
-    plain: list[tuple[Tensor, tuple[Term, ...]]] = []
+    # Those that must stay as they are. A whole matrix need not, the op looks at it anew; a view of a tensor would go on
+    # writing to its old memory.
+    fixed = {a.name: tensors[a.name] for a in plan.assigns}
+    assigns = [(a, fixed[a.name].detach(), to_device(a.value, fixed[a.name].device)) for a in plan.assigns]
+    weights: list[Tensor] = []
+    added: list[Term] = []
+    n_terms: list[int] = []
     dora: list[tuple[Tensor, tuple[Term, ...]]] = []
     for update in plan.updates:
-        view = update.region.view(tensors[update.name].detach())
-        terms = tuple(_on_device(term, view.device, to_device) for term in update.terms)
-        (dora if update.is_dora else plain).append((view, terms))
-    weights = [view for view, _ in plain]
-    added = [term for _, terms in plain for term in terms]
+        matrix = tensor = tensors[update.name]
+        if not update.region.is_whole(tensor):
+            matrix = update.region.view(tensor.detach())
+        if matrix is not tensor or update.is_dora:
+            fixed[update.name] = tensor
+        terms = [_on_device(term, tensor.device, to_device) for term in update.terms]
+        if update.is_dora:
+            dora.append((matrix, tuple(terms)))
+        else:
+            weights.append(matrix)
+            added += terms
+            n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
-    scalings, n_terms = [term.scaling for term in added], [len(terms) for _, terms in plain]
-    ops.backends_for(weights, backend)
+    add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    places = {name: _place(tensor) for name, tensor in fixed.items()}
     inference = any(tensors[name].is_inference() for name in plan.tensors)
 
     def write() -> None:
+        for name, tensor in fixed.items():
+            if _place(tensor) != places[name]:
+                raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
             for assign, tensor, value in assigns:
                 _assign(assign, tensor, value)
-            ops.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
-            for view, terms in dora:
-                dora_(view, terms)
+            add()
+            for matrix, terms in dora:
+                dora_(matrix, terms)
 
     return write
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor moves or is resized."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _assign(assign: Assign, tensor: Tensor, value: Tensor) -> None:
@@ -120,6 +145,8 @@ def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _on_device(term: Term, device: torch.device, to_device: Callable[[Tensor, torch.device], Tensor]) -> Term:
+    if term.lora_A.device == device == term.lora_B.device and term.magnitude is None:
+        return term
     magnitude = None if term.magnitude is None else to_device(term.magnitude, device)
     lora_A, lora_B = to_device(term.lora_A, device), to_device(term.lora_B, device)
     return Term(lora_A, lora_B, term.scaling, magnitude, term.magnitude_axis, term.strength)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
 from typing import Any
@@ -31,6 +33,10 @@ torch.library.define(
     "portllm::lowrank_exchange_cpu_",
     f"({_ARGUMENTS.replace('n_terms', 'n_old, int[] n_new')}, Tensor lengths, Tensor data) -> (Tensor, Tensor, Tensor)",
 )
+# The same call, read once: prepare returns the number by which run and release know it.
+torch.library.define("portllm::lowrank_add_cpu_prepare", f"({_ARGUMENTS.replace('(a!)', '')}) -> int")
+torch.library.define("portllm::lowrank_add_cpu_run", "(int prepared) -> ()")
+torch.library.define("portllm::lowrank_add_cpu_release", "(int prepared) -> ()")
 
 
 def lowrank_add_(
@@ -132,9 +138,12 @@ def lowrank_exchange_(
                 made[i] = record
         for i, name in enumerate(names):
             if name == "torch":
-                old, new = slice(starts[i], starts[i] + n_old[i]), slice(starts[i] + n_old[i], starts[i + 1])
-                parts = [(lora_A[part], lora_B[part], scalings[part]) for part in (old, new)]
-                made[i] = exchange_(weights[i], parts[0], parts[1], records[i], by[name])
+                middle = starts[i] + n_old[i]
+                before, after = (
+                    (lora_A[part], lora_B[part], scalings[part])
+                    for part in (slice(starts[i], middle), slice(middle, starts[i + 1]))
+                )
+                made[i] = exchange_(weights[i], before, after, records[i], by[name])
     return made
 
 
@@ -168,6 +177,46 @@ def _exchange_cpu(
         made.append(Record(new_lengths[chunk:chunks], new_data[byte:bytes_], _summed_by("cpu")) if count else None)
         chunk, byte = chunks, bytes_
     return made
+
+
+class Prepared:
+    """``lowrank_add_`` on the same tensors again and again: checked and, for the compiled library, read in once.
+
+    Args, arithmetic and errors are those of ``lowrank_add_``, raised here; the backend is chosen here too. Each call
+    adds the terms once more, with the values that the tensors have then. It finds them where they are then, also
+    after ``tensor.data = other`` or ``set_``; if they no longer fit each other it raises before the first write. It
+    may be called from several threads, which then race for the weights' values as with any in-place op.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        scalings: Sequence[float],
+        n_terms: Sequence[int],
+        backend: str = "auto",
+    ) -> None:
+        self._arguments = list(weights), list(lora_A), list(lora_B), list(scalings), list(n_terms)
+        self._backend = backend
+        self._number: int | None = None
+        chosen = set(backends_for(weights, backend).values())
+        if chosen != {"cpu"} or _watched(weights, lora_A, lora_B):
+            _check(*self._arguments)
+            return
+        with _explained(*self._arguments):
+            self._number = torch.ops.portllm.lowrank_add_cpu_prepare(*self._arguments)
+        weakref.finalize(self, torch.ops.portllm.lowrank_add_cpu_release, self._number).atexit = False
+
+    def __call__(self) -> None:
+        if self._number is None or _watched():
+            lowrank_add_(*self._arguments, self._backend)
+        else:
+            _bump_versions(self._run, *self._arguments)
+
+    def _run(self, *arguments: Any) -> None:
+        with _explained(*arguments):
+            torch.ops.portllm.lowrank_add_cpu_run(self._number)
 
 
 def _watched(*lists: Sequence[Tensor]) -> bool:
@@ -336,13 +385,21 @@ def _launcher(name: str) -> _Launcher:
 
 
 def _cpu(*arguments: Any) -> None:
-    try:
+    with _explained(*arguments):
         torch.ops.portllm.lowrank_add_cpu_(*arguments)
-        return
-    except RuntimeError as error:
-        refusal = error
-    _check(*arguments)  # the library refuses the same calls, before the first write, but in fewer words
-    raise refusal
+
+
+@contextmanager
+def _explained(*arguments: Any) -> Iterator[None]:
+    """The compiled library refuses what ``_check`` does, before the first write, but in fewer words."""
+    try:
+        yield
+    except RuntimeError:
+        try:
+            _check(*arguments)
+        except ValueError as error:
+            raise error from None
+        raise
 
 
 def _triton(

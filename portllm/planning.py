@@ -65,6 +65,10 @@ class Region:
     def shape(self) -> tuple[int, int]:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether the region is all of ``tensor``, which is a matrix."""
+        return self.expert is None and tuple(tensor.shape) == self.shape
+
     def view(self, tensor: Tensor) -> Tensor:
         """The region as a 2-D view of ``tensor``, sharing its memory."""
         matrix = tensor if self.expert is None else tensor[self.expert]

@@ -126,31 +126,42 @@ def _record(block: Tensor, delta: Tensor) -> Tensor:
 
 def _restore(block: Tensor, delta: Tensor, chunk: Tensor | None) -> None:
     guess, member = _guess(block, delta)
-    if chunk is None or len(chunk) < 8:
+    read = _Reader(torch.empty(0, dtype=torch.uint8) if chunk is None else chunk)
+    count = int(read(1, torch.int64))
+    if count != int(member.sum()):
         raise _mismatch()
-    count, rest = int(chunk[:8].clone().view(torch.int64)), chunk[8:]
-    groups = -(-count // 4)
-    if count != int(member.sum()) or len(rest) < groups:
-        raise _mismatch()
-    packed, rest = rest[:groups], rest[groups:]
+    packed = read(-(-count // 4), torch.uint8)
     two = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()[:count]
-    codes = ((two ^ 2).to(guess.dtype)) - 2
+    codes = (two ^ 2).to(guess.dtype) - 2
     escaped = codes == -2
-    follow, rest = rest[: int(escaped.sum())].view(torch.int8), rest[int(escaped.sum()) :]
-    codes[escaped] = follow.to(codes.dtype)
-    wide = torch.zeros_like(escaped).masked_scatter(escaped, follow == -128)
-    size = codes.element_size()
-    values, rest = rest[: int(wide.sum()) * size], rest[int(wide.sum()) * size :]
-    codes[wide] = values.clone().view(codes.dtype)
-    strays = len(rest) // (8 + size)
-    if len(rest) != strays * (8 + size):
-        raise _mismatch()
-    index = rest[: 8 * strays].clone().view(torch.int64)
-    if strays and not (0 <= int(index.min()) and int(index.max()) < len(guess)):
+    codes[escaped] = read(int(escaped.sum()), torch.int8).to(codes.dtype)
+    wide = escaped & (codes == -128)
+    codes[wide] = read(int(wide.sum()), codes.dtype)
+    strays = read.left // (8 + codes.element_size())
+    index, values = read(strays, torch.int64), read(strays, codes.dtype)
+    if read.left or (strays and (int(index.min()) < 0 or int(index.max()) >= len(guess))):
         raise _mismatch()
     guess[member] += codes
-    guess[index] = rest[8 * strays :].clone().view(codes.dtype)
+    guess[index] = values
     block.copy_(guess.view(block.dtype).view(block.shape))
+
+
+class _Reader:
+    """Takes numbers from bytes, one after the other; RecordError where there are too few."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+
+    @property
+    def left(self) -> int:
+        return len(self._data)
+
+    def __call__(self, count: int, dtype: torch.dtype) -> Tensor:
+        size = count * dtype.itemsize
+        if size > self.left:
+            raise _mismatch()
+        part, self._data = self._data[:size], self._data[size:]
+        return part.clone().view(dtype)
 
 
 def _mismatch() -> RecordError:

@@ -1,12 +1,20 @@
-// The CPU implementation of portllm::lowrank_add_cpu_ and lowrank_exchange_cpu_, whose schemas
-// portllm/ops.py defines:
-//   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
+// The CPU implementation of ops whose schemas portllm/ops.py defines:
+//   lowrank_add_cpu_(
+//       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
+//   lowrank_add_cpu_prepare(the same) -> int, and with what it returns
+//   lowrank_add_cpu_run(int prepared) -> (), lowrank_add_cpu_release(int prepared) -> ()
+//   lowrank_exchange_cpu_(
+//       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_old, int[] n_new,
+//       Tensor lengths, Tensor data) -> (Tensor lengths, Tensor data, Tensor ends)
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -74,7 +82,7 @@ struct Operand {
 };
 
 // The tensor as a matrix; nothing if it is none that the kernel takes.
-std::optional<Operand> operand(AtenTensorHandle tensor, bool written = false) {
+std::optional<Operand> read(AtenTensorHandle tensor, bool written = false) {
   int64_t dim = 0;
   int32_t device = -1;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
@@ -96,56 +104,73 @@ std::optional<Operand> operand(AtenTensorHandle tensor, bool written = false) {
   return Operand{{data, *dtype, strides[0], strides[1]}, sizes[0], sizes[1]};
 }
 
-// The lists of an op, read and checked. Refuses, before the first write, all that `_check` in
-// portllm/ops.py does, which then says why.
+std::vector<int64_t> integers(StableIValue argument) {
+  const List list(argument);
+  std::vector<int64_t> out(list.size());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = list.get<int64_t>(i);
+  return out;
+}
+
+// The first five arguments of an op. They keep the tensors, not their memory: each read finds where it is now.
+struct Arguments {
+  explicit Arguments(StableIValue* stack)
+      : tensors(stack[0]),
+        lora_A(stack[1]),
+        lora_B(stack[2]),
+        scalings(stack[3]),
+        n_terms(integers(stack[4])) {}
+
+  Tensors tensors, lora_A, lora_B;
+  List scalings;
+  std::vector<int64_t> n_terms;
+};
+
 struct Problem {
-  const Tensors tensors, lora_A, lora_B;
-  const List scalings;
   std::vector<portllm::Weight> weights;
   std::vector<portllm::Term> terms;
+};
 
-  // Takes the first four arguments.
-  explicit Problem(StableIValue* stack)
-      : tensors(stack[0]), lora_A(stack[1]), lora_B(stack[2]), scalings(stack[3]) {}
-
-  // The terms of each weight are counted by n_terms.
-  void parse(const std::vector<int64_t>& n_terms) {
-    const auto count = static_cast<int64_t>(tensors.size());
-    const auto total = static_cast<int64_t>(lora_A.size());
-    STD_TORCH_CHECK(n_terms.size() == tensors.size() && lora_B.size() == lora_A.size() &&
-                        scalings.size() == lora_A.size(),
-                    "lowrank_add_cpu_: the lists do not have fitting lengths");
-    weights.resize(count);
-    terms.resize(total);
-    int64_t end = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = n_terms[i];
-      const auto w = operand(tensors.get<AtenTensorHandle>(i), true);
-      STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
-                      "] must be a 2-D tensor of floats on the CPU, with one term or more");
-      weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
-      end += n;
-    }
-    std::atomic<bool> fit = end == total;
-    // Factors lie anywhere in memory, so that their attributes come faster to several threads.
-    torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        for (portllm::Term& term : weights[i].terms) {
-          const size_t t = &term - terms.data();
-          const auto a = operand(lora_A.get<AtenTensorHandle>(t));
-          const auto b = operand(lora_B.get<AtenTensorHandle>(t));
-          if (a && b && b->rows == weights[i].rows && a->cols == weights[i].cols &&
-              a->rows == b->cols && a->rows > 0) {
-            term = {a->matrix, b->matrix, a->rows, scalings.get<double>(t)};
-          } else {
-            fit = false;
-          }
+// Refuses all that `_check` in portllm/ops.py does, which then says why.
+Problem read(const Arguments& given) {
+  const auto count = static_cast<int64_t>(given.tensors.size());
+  const auto total = static_cast<int64_t>(given.lora_A.size());
+  STD_TORCH_CHECK(given.n_terms.size() == given.tensors.size() &&
+                      given.lora_B.size() == given.lora_A.size() &&
+                      given.scalings.size() == given.lora_A.size(),
+                  "lowrank_add_cpu_: the lists do not have fitting lengths");
+  Problem problem{std::vector<portllm::Weight>(count), std::vector<portllm::Term>(total)};
+  auto& [weights, terms] = problem;
+  int64_t end = 0;
+  // One after the other: to end the sharing of a lazy copy is not allowed to several threads.
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = given.n_terms[i];
+    const auto w = read(given.tensors.get<AtenTensorHandle>(i), true);
+    STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
+                    "] must be a 2-D tensor of floats on the CPU, with one term or more");
+    weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
+    end += n;
+  }
+  std::atomic<bool> fit = end == total;
+  // Factors lie anywhere in memory, so that their attributes come faster to several threads.
+  torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const portllm::Weight& weight = weights[i];
+      for (portllm::Term& term : weight.terms) {
+        const size_t t = &term - terms.data();
+        const auto a = read(given.lora_A.get<AtenTensorHandle>(t));
+        const auto b = read(given.lora_B.get<AtenTensorHandle>(t));
+        if (a && b && b->rows == weight.rows && a->cols == weight.cols && a->rows == b->cols &&
+            a->rows > 0) {
+          term = {a->matrix, b->matrix, a->rows, given.scalings.get<double>(t)};
+        } else {
+          fit = false;
         }
       }
-    });
-    STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
-  }
-};
+    }
+  });
+  STD_TORCH_CHECK(fit, "lowrank_add_cpu_: factors must be floats on the CPU that fit their weight");
+  return problem;
+}
 
 const portllm::Isa& isa() {
   const portllm::Isa* isa = portllm::chosen_isa();
@@ -155,25 +180,20 @@ const portllm::Isa& isa() {
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-std::vector<int64_t> integers(StableIValue argument) {
-  const List list(argument);
-  std::vector<int64_t> out(list.size());
-  for (size_t i = 0; i < out.size(); ++i) out[i] = list.get<int64_t>(i);
-  return out;
-}
-
 // Threads take blocks themselves: that also holds inside another parallel region, where torch
 // gives the whole range to one thread. What one thread can do is done here, without waking any.
-void run(portllm::Job& job) {
+void work(portllm::Job& job) {
   torch::stable::parallel_for(0, job.threads(), 1, [&](int64_t, int64_t) { job.work(); });
 }
 
-void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) {
-  Problem problem(stack);
-  problem.parse(integers(stack[4]));
+// All is checked before the first write.
+void lowrank_add_(const Arguments& given) {
+  Problem problem = read(given);
   portllm::Job job(isa(), std::move(problem.weights), threads());
-  run(job);
+  work(job);
 }
+
+void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) { lowrank_add_(Arguments(stack)); }
 
 // A 1-D contiguous tensor on the CPU.
 template <class T>
@@ -221,7 +241,7 @@ class Exchange {
   }
 
   void run() {
-    ::run(*job_);
+    work(*job_);
     STD_TORCH_CHECK(job_->fits(),
                     "lowrank_exchange_cpu_: the record is not that of what was added to these weights, "
                     "which are no longer what they were");
@@ -249,21 +269,18 @@ class Exchange {
   std::optional<portllm::Job> job_;
 };
 
-//   (Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_old, int[] n_new,
-//    Tensor lengths, Tensor data) -> (Tensor, Tensor, Tensor)
 void lowrank_exchange_cpu_(StableIValue* stack, uint64_t, uint64_t) {
-  Problem problem(stack);
-  const std::vector<int64_t> n_old = integers(stack[4]), n_new = integers(stack[5]);
+  Arguments given(stack);
+  const std::vector<int64_t> n_old = given.n_terms, n_new = integers(stack[5]);
   const auto lengths = torch::stable::detail::to<Tensor>(stack[6]);
   const auto data = torch::stable::detail::to<Tensor>(stack[7]);
-  std::vector<int64_t> n_terms(n_old.size());
   bool fit = n_old.size() == n_new.size();
   for (size_t i = 0; fit && i < n_old.size(); ++i) {
     fit = n_old[i] >= 0 && n_new[i] >= 0;
-    n_terms[i] = n_old[i] + n_new[i];
+    given.n_terms[i] += n_new[i];
   }
   STD_TORCH_CHECK(fit, "lowrank_exchange_cpu_: n_old and n_new must have an entry for each weight");
-  problem.parse(n_terms);
+  Problem problem = read(given);
   std::vector<portllm::Weight>& weights = problem.weights;
   bool takes_off = false, adds = false;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -296,9 +313,64 @@ void lowrank_exchange_cpu_(StableIValue* stack, uint64_t, uint64_t) {
   exchange.give(data, stack);
 }
 
+// Prepared calls by number, so that no number leads to memory that is not one. A run shares its call
+// with this map: another thread may release it meanwhile.
+class Calls {
+ public:
+  int64_t add(std::shared_ptr<const Arguments> call) {
+    const std::lock_guard lock(mutex_);
+    calls_.emplace(++last_, std::move(call));
+    return last_;
+  }
+
+  std::shared_ptr<const Arguments> find(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = calls_.find(number);
+    STD_TORCH_CHECK(found != calls_.end(), "lowrank_add_cpu_: no call ", number, " is prepared");
+    return found->second;
+  }
+
+  void erase(int64_t number) {
+    const auto call = find(number);  // its tensors go when the lock is free again
+    const std::lock_guard lock(mutex_);
+    calls_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Arguments>> calls_;
+  int64_t last_ = 0;
+};
+
+Calls& calls() {
+  static Calls* const all = new Calls;  // never destroyed: at the end of the process torch may go first
+  return *all;
+}
+
+void prepare(StableIValue* stack, uint64_t, uint64_t) {
+  auto call = std::make_shared<const Arguments>(stack);
+  read(*call);
+  stack[0] = torch::stable::detail::from(calls().add(std::move(call)));
+}
+
+void run(StableIValue* stack, uint64_t, uint64_t) {
+  lowrank_add_(*calls().find(torch::stable::detail::to<int64_t>(stack[0])));
+}
+
+void release(StableIValue* stack, uint64_t, uint64_t) {
+  calls().erase(torch::stable::detail::to<int64_t>(stack[0]));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) {
   m.impl("lowrank_add_cpu_", lowrank_add_cpu_);
+  m.impl("lowrank_add_cpu_prepare", prepare);
   m.impl("lowrank_exchange_cpu_", lowrank_exchange_cpu_);
+}
+
+// Without a tensor among the arguments there is no device to go by.
+STABLE_TORCH_LIBRARY_IMPL(portllm, CompositeExplicitAutograd, m) {
+  m.impl("lowrank_add_cpu_run", run);
+  m.impl("lowrank_add_cpu_release", release);
 }
