@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
     from .errors import PortllmError as PortllmError
+    from .errors import RecordError as RecordError
     from .errors import UnsupportedPatchError as UnsupportedPatchError
     from .extraction import Extraction as Extraction
     from .extraction import extract as extract
@@ -35,19 +36,25 @@ if TYPE_CHECKING:
     from .ops import lowrank_add_ as lowrank_add_
     from .patch import Patch as Patch
     from .planning import Plan as Plan
+    from .undo import Exact as Exact
+    from .undo import applied as applied
+    from .undo import swap as swap
 
 _HOMES = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
     "Combined": "algebra",
+    "Exact": "undo",
     "Extraction": "extraction",
     "Patch": "patch",
     "PatchError": "errors",
     "Plan": "planning",
     "PlanError": "errors",
     "PortllmError": "errors",
+    "RecordError": "errors",
     "UnsupportedPatchError": "errors",
+    "applied": "undo",
     "apply": "live",
     "apply_checkpoint": "checkpoint",
     "cast": "algebra",
@@ -59,6 +66,7 @@ _HOMES = {
     "remove": "live",
     "scale": "algebra",
     "stamp": "fingerprint",
+    "swap": "undo",
     "truncate": "algebra",
 }
 

@@ -38,7 +38,7 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     Raises:
         BackendError, ValueError, torch.OutOfMemoryError: nothing has been written then.
     """
-    to_device = _Mover()
+    to_device = Mover()
     # Those that must stay as they are. A whole matrix need not, the op looks at it anew; a view of a tensor would go on
     # writing to its old memory.
     fixed = {a.name: tensors[a.name] for a in plan.assigns}
@@ -71,7 +71,7 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
                 raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
             for assign, tensor, value in assigns:
-                _assign(assign, tensor, value)
+                assign_(assign, tensor, value)
             add()
             for matrix, terms in dora:
                 dora_(matrix, terms)
@@ -84,7 +84,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _assign(assign: Assign, tensor: Tensor, value: Tensor) -> None:
+def assign_(assign: Assign, tensor: Tensor, value: Tensor) -> None:
     if assign.by_index:
         index = torch.tensor(assign.rows, device=tensor.device)
         new = value if assign.strength == 1.0 else _lerp(tensor[index], value, assign.strength)
@@ -152,7 +152,7 @@ def _on_device(term: Term, device: torch.device, to_device: Callable[[Tensor, to
     return Term(lora_A, lora_B, term.scaling, magnitude, term.magnitude_axis, term.strength)
 
 
-class _Mover:
+class Mover:
     """Moves each factor to each device once, however many weights use it."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -17,9 +17,13 @@ from .execute import execute, hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
 
+if TYPE_CHECKING:
+    from .undo import Exact
+
 Source = Patch | str | os.PathLike[str]
 Patches = Source | Sequence[Source | tuple[Source, float]]
 Live = nn.Module | Mapping[str, Tensor]
+Undo = Literal["subtract", "exact", "later"]
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Applied:
     active: bool = True
 
     def remove(self) -> None:
-        """Subtract what was added. Not exact yet: each weight may end one rounding away from where it began.
+        """Subtract what was added: each weight may end one rounding away from where it began (see undo="exact").
 
         Raises:
             PlanError: values were replaced, the patch has DoRA terms, or it was removed before; nothing has been
@@ -51,11 +55,43 @@ class Applied:
         self.active = False
 
 
+@overload
 def apply(
     target: Live,
     patch: Patches,
     scale: float = 1.0,
     *,
+    undo: Literal["exact", "later"],
+    verify: bool | str = True,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+    backend: str = "auto",
+) -> Exact: ...
+
+
+@overload
+def apply(
+    target: Live,
+    patch: Patches,
+    scale: float = 1.0,
+    *,
+    undo: Literal["subtract"] = "subtract",
+    verify: bool | str = True,
+    strict: bool = True,
+    tied: Tied = "once",
+    expert_layout: ExpertLayout | None = None,
+    backend: str = "auto",
+) -> Applied: ...
+
+
+def apply(
+    target: Live,
+    patch: Patches,
+    scale: float = 1.0,
+    *,
+    undo: Undo = "subtract",
+    verify: bool | str = True,
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
@@ -68,6 +104,12 @@ def apply(
         patch: a Patch, an adapter directory or hub id, or a list of them or of ``(patch, weight)`` pairs.
         scale: strength, times each pair's own weight. For DoRA and for replaced tensors it is the share of the
             way from the old values to the new ones.
+        undo: how ``remove()`` works. "subtract" takes off what was added, to rounding, and needs no memory; "exact"
+            brings back every bit, with about 0.1 bits a weight for a patch of 1 % of the weights (more for larger
+            ones; a copy for replaced values and DoRA), and stacks: see ``portllm.undo.Exact``. "later" is "exact"
+            without applying the patch yet: see ``Exact.put_on`` and ``Exact.swap``.
+        verify: with undo="exact", compare samples of each weight with what the last patch left, before anything is
+            written; "full": all of each weight from now on, which takes a hash of every bit.
         strict: a patch that matches only partly is an error (one that matches nothing always is).
         tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
             of its names a tensor of its own first.
@@ -81,10 +123,13 @@ def apply(
         PatchError: the patch cannot be read.
         PlanError: it does not fit: names, shapes, ties, meta or quantised weights.
         BackendError: the backend is not available.
+        RecordError: with undo="exact", weights that have patches on them were written to since.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
     live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
     _check_live(made, live)
+    if undo != "subtract":
+        return _exact(target, made, live, undo, verify, backend)
     if made.untie and not isinstance(target, nn.Module | MutableMapping):
         raise PlanError("tied='untie' needs a mapping that can be changed")
     clones = {alias: live.tensors[stored].detach().clone() for alias, stored in made.untie.items()}
@@ -95,8 +140,19 @@ def apply(
     return Applied(target, made, backend)
 
 
+def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | str, backend: str) -> Exact:
+    from .undo import Exact
+
+    if undo not in ("exact", "later"):
+        raise PlanError(f"undo={undo!r} must be 'subtract', 'exact' or 'later'")
+    handle = Exact(target, made, live.tensors, backend)
+    if undo == "exact":
+        handle.put_on(verify=verify)
+    return handle
+
+
 def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> None:
-    """Subtract a patch that was applied with the same arguments; not exact yet (see ``Applied.remove``).
+    """Subtract a patch that was applied with the same arguments, to rounding (see ``Applied.remove``).
 
     Args and errors as ``apply``; a patch that replaces values or has DoRA terms raises PlanError.
     """

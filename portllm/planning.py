@@ -69,6 +69,12 @@ class Region:
         """Whether the region is all of ``tensor``, which is a matrix."""
         return self.expert is None and tuple(tensor.shape) == self.shape
 
+    def overlaps(self, other: Region) -> bool:
+        """Whether the two rectangles of one tensor share an element."""
+        return self.expert == other.expert and all(
+            a[0] < b[1] and b[0] < a[1] for a, b in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+
     def view(self, tensor: Tensor) -> Tensor:
         """The region as a 2-D view of ``tensor``, sharing its memory."""
         matrix = tensor if self.expert is None else tensor[self.expert]

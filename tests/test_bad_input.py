@@ -1055,7 +1055,7 @@ def test_an_interrupt_between_the_writes_waits_for_the_last(monkeypatch: pytest.
 
         return call
 
-    monkeypatch.setattr(execute, "_assign", signalled(execute._assign))
+    monkeypatch.setattr(execute, "assign_", signalled(execute.assign_))
     monkeypatch.setattr(execute, "dora_", signalled(execute.dora_))
     monkeypatch.setattr(execute.ops, "lowrank_add_", signalled(execute.ops.lowrank_add_))
     previous = signal.getsignal(signal.SIGINT)
