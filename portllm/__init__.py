@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .algebra import negate as negate
     from .algebra import scale as scale
     from .algebra import truncate as truncate
+    from .bank import PatchBank as PatchBank
     from .checkpoint import apply_checkpoint as apply_checkpoint
     from .errors import BackendError as BackendError
     from .errors import CheckpointError as CheckpointError
@@ -48,6 +49,7 @@ _HOMES = {
     "Exact": "undo",
     "Extraction": "extraction",
     "Patch": "patch",
+    "PatchBank": "bank",
     "PatchError": "errors",
     "Plan": "planning",
     "PlanError": "errors",

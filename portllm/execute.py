@@ -163,7 +163,7 @@ class Mover:
             return tensor
         key = (device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if key not in self._moved:
-            self._moved[key] = tensor.to(device)
+            self._moved[key] = tensor.to(device, non_blocking=True)  # waits all the same, if not pinned
         return self._moved[key]
 
 

@@ -14,17 +14,17 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .errors import RecordError
-from .execute import Mover, assign_, dora_, hold_interrupts
-from .planning import Assign, Region, Term, Update, some
+from .execute import assign_, dora_, hold_interrupts
+from .planning import Assign, Plan, Region, Term, Update, some
 from .record import Record
 
 _SAMPLES = 512
@@ -242,14 +242,18 @@ def _print(tensor: Tensor, *, full: bool) -> bytes:
     return found
 
 
-def on_device(layer: Layer, device: torch.device, move: Mover) -> Layer:
-    """The layer with all its tensors on the device."""
+Part = TypeVar("Part", Layer, Plan)
+
+
+def map_tensors(part: Part, move: Callable[[Tensor], Tensor]) -> Part:
+    """The layer, or plan, with all factors and values moved."""
 
     def term(t: Term) -> Term:
-        magnitude = None if t.magnitude is None else move(t.magnitude, device)
-        return replace(t, lora_A=move(t.lora_A, device), lora_B=move(t.lora_B, device), magnitude=magnitude)
+        magnitude = None if t.magnitude is None else move(t.magnitude)
+        return replace(t, lora_A=move(t.lora_A), lora_B=move(t.lora_B), magnitude=magnitude)
 
-    return Layer(
-        tuple(replace(assign, value=move(assign.value, device)) for assign in layer.assigns),
-        tuple(replace(update, terms=tuple(map(term, update.terms))) for update in layer.updates),
+    return replace(
+        part,
+        assigns=tuple(replace(assign, value=move(assign.value)) for assign in part.assigns),
+        updates=tuple(replace(update, terms=tuple(map(term, update.terms))) for update in part.updates),
     )

@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import PlanError
 from .execute import Mover
 from .live import Applied, Live, Patches, apply
 from .planning import Assign, Plan, Update
-from .stack import Held, Layer, change, held, lock, on_device
+from .stack import Held, Layer, change, held, lock, map_tensors
 
 
 class Exact(Applied):
-    """A patch, or several, on a live model, that come off again to the last bit; as ``Applied``, and:
+    """A patch, or several, on a live model, that come off again to the last bit.
 
     Dropping it without ``remove()`` leaves the patch on for good. As a context manager it removes the patch at the end.
 
@@ -34,17 +36,25 @@ class Exact(Applied):
         self._layers = _layers(plan, tensors)
 
     @property
+    def tensors(self) -> tuple[Held, ...]:
+        """The tensors that the patch changes, with all patches on them."""
+        return tuple(tensor for tensor, _ in self._layers)
+
+    @property
     def nbytes(self) -> int:
         """Memory that the way back takes, for all patches on this one's tensors."""
-        return sum(tensor.nbytes for tensor, _ in self._layers)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def put_on(self, *, verify: bool | str = True) -> None:
         """Apply the patch (again), on top of what is there; errors as ``remove``."""
         if self.active:
             raise PlanError("this patch is on already")
+        self.move_to_the_top()
+        exchange([], [self], self.backend, verify)
+
+    def move_to_the_top(self) -> None:
+        """Let the patch be the last in the order of all, when it is next put on."""
         self._key.place = next(_places)
-        self._change(self, verify)
-        self.active = True
 
     def remove(self, *, verify: bool | str = True) -> None:
         """Bring every weight back, bit for bit, to what it is with the other patches on it alone.
@@ -57,8 +67,7 @@ class Exact(Applied):
             RecordError: weights were written to since; nothing has been written then. ``portllm.remove`` subtracts.
         """
         self._require_active()
-        self._change(None, verify)
-        self.active = False
+        exchange([self], [], self.backend, verify)
 
     def scale(self, strength: float, *, verify: bool | str = True) -> None:
         """Change the strength, in one pass: the bits are those of having applied the patch with it.
@@ -76,7 +85,7 @@ class Exact(Applied):
             raise PlanError(f"the strength {strength} must be finite")
         before, self.strength = self.strength, float(strength)
         try:
-            self._change(self, verify)
+            exchange([self], [self], self.backend, verify)
         except BaseException:
             self.strength = before
             raise
@@ -87,24 +96,18 @@ class Exact(Applied):
         if new.active:
             raise PlanError("the patch to put on is on already")
         new._key.place = self._key.place
-        self._change(new, verify)
-        self.active, new.active = False, True
+        exchange([self], [new], self.backend, verify)
 
-    def _change(self, new: Exact | None, verify: bool | str) -> None:
-        """Take this patch off, where it is on, and put ``new`` on, at its strength and its place in the order."""
-        with lock:
-            changes: dict[Held, dict[_Key, Layer]] = {}
-            for tensor, _ in self._layers:
-                changes[tensor] = {key: layer for key, layer in tensor.layers.items() if key is not self._key}
-            if new is not None:
-                for tensor, layer in new._layers:
-                    stack = changes.get(tensor, tensor.layers)
-                    changes[tensor] = {**stack, new._key: layer.scaled(new.strength)}
-            sorted_changes = [
-                (tensor, dict(sorted(stack.items(), key=lambda item: item[0].place)))
-                for tensor, stack in changes.items()
-            ]
-            change(sorted_changes, backend=self.backend, verify=verify)
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the factors' memory until what is on this stream now is done (see ``torch.Tensor.record_stream``)."""
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.device == stream.device:
+                tensor.record_stream(stream)
+            return tensor
+
+        for _, layer in self._layers:
+            map_tensors(layer, record)
 
     def _require_active(self) -> None:
         if not self.active:
@@ -120,6 +123,26 @@ class Exact(Applied):
     def __repr__(self) -> str:
         state = f"strength {self.strength:g}" if self.active else "off"
         return f"Exact({self.plan!r}, {state}, {self.nbytes:,} bytes to take it off)"
+
+
+def exchange(off: Sequence[Exact], on: Sequence[Exact], backend: str, verify: bool | str) -> None:
+    """Take some patches off and put others on, at their strengths and places, in one pass; errors as ``remove``."""
+    gone = {handle._key for handle in off}
+    with lock:
+        stacks: dict[Held, dict[_Key, Layer]] = {}
+        for tensor in dict.fromkeys(tensor for handle in (*off, *on) for tensor, _ in handle._layers):
+            stacks[tensor] = {key: layer for key, layer in tensor.layers.items() if key not in gone}
+        for handle in on:
+            for tensor, layer in handle._layers:
+                stacks[tensor][handle._key] = layer.scaled(handle.strength)
+        changes = [
+            (tensor, dict(sorted(stack.items(), key=lambda item: item[0].place))) for tensor, stack in stacks.items()
+        ]
+        change(changes, backend=backend, verify=verify)
+        for handle in off:
+            handle.active = False
+        for handle in on:
+            handle.active = True
 
 
 _places = itertools.count()
@@ -142,13 +165,12 @@ def _layers(plan: Plan, tensors: Mapping[str, Tensor]) -> list[tuple[Held, Layer
     for update in plan.updates:
         updates[update.name].append(update)
     move = Mover()
-    return [
-        (
-            held(name, tensors[name]),
-            on_device(Layer(tuple(assigns[name]), tuple(updates[name])), tensors[name].device, move),
-        )
-        for name in plan.tensors
-    ]
+    layers = []
+    for name in plan.tensors:
+        layer = Layer(tuple(assigns[name]), tuple(updates[name]))
+        tensor = tensors[name]
+        layers.append((held(name, tensor), map_tensors(layer, partial(move, device=tensor.device))))
+    return layers
 
 
 @contextmanager
