@@ -26,7 +26,8 @@ from .planning import some
 from .progress import Progress
 from .reference import FLOAT_DTYPES
 from .shards import Checkpoint
-from .svd import Leading, Workspace, frobenius, leading, residual
+from .skinny import frobenius
+from .svd import Leading, Workspace, leading, residual
 
 Rest = Literal["error", "ignore", "save"]
 Model = Live | str | os.PathLike[str]
