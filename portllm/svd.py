@@ -129,9 +129,10 @@ def _row_space(
 
 def _orthonormal(block: Tensor) -> Tensor:
     """Shifted CholeskyQR2 (Fukaya et al., arXiv 1809.11085): two passes over [m, k] where Householder takes many."""
+    identity = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
     for _ in range(2):
         gram = (block.T @ block).double()
-        shift = torch.finfo(torch.float32).eps * gram.diagonal().sum() + torch.finfo(torch.float32).tiny
-        lower, _ = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-        block = block @ torch.linalg.inv(lower).T.to(block)
+        gram.diagonal().add_(torch.finfo(torch.float32).eps * gram.trace() + torch.finfo(torch.float32).tiny)
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        block = block @ torch.linalg.solve_triangular(lower, identity, upper=False).T.to(block)
     return block

@@ -3,7 +3,8 @@
 //
 // A word is a number of fp32 or, where D is bf16 and S has `dot`, a pair of bf16 that follow each other in
 // the sums. D goes through a tile of words, with zeros where it ends: widening, pairing, edges and strides
-// are done there, and the arithmetic is one loop, sums[r][:] += tile[r, step] * X[step, :].
+// are done there, and the arithmetic is one loop, sums[r][:] += tile[r, step] * X[step, :]. Each tile is
+// summed by itself first: rounding errors grow with the length of a sum.
 #pragma once
 
 #include <algorithm>
@@ -68,7 +69,7 @@ void add_products(const float* tile, const float* x, int64_t steps, float* sums,
 #pragma GCC unroll 16
     for (int r = 0; r < kHeld<S>; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) d[r][v] = S::load(sums + r * kBand + v * S::kWidth);
+      for (int v = 0; v < kVectors; ++v) d[r][v] = S::zero();
     }
 #pragma GCC unroll 1
     for (int64_t step = 0; step < steps; ++step) {
@@ -92,7 +93,10 @@ void add_products(const float* tile, const float* x, int64_t steps, float* sums,
 #pragma GCC unroll 16
     for (int r = 0; r < kHeld<S>; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) S::store(sums + r * kBand + v * S::kWidth, d[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* sum = sums + r * kBand + v * S::kWidth;
+        S::store(sum, S::fma(S::set1(1), d[r][v], S::load(sum)));
+      }
     }
   }
 }
