@@ -112,19 +112,18 @@ def _row_space(
     else:
         coarse = matrix
         image, norm = product(matrix, start), frobenius(matrix)
-    basis: list[Tensor] = []
-    images: list[Tensor] = []
-    for _ in range(_BLOCKS):
+    basis = start.new_empty(len(start), _BLOCKS * width)
+    images = image.new_empty(len(image), _BLOCKS * width)
+    for done in range(0, _BLOCKS * width, width):
         block = _orthonormal(product(coarse.T, _orthonormal(image)))
-        if basis:
-            others = torch.cat(basis, 1)
+        if done:
+            others = basis[:, :done]
             block = _orthonormal(block - others @ (others.T @ block))
         image = product(coarse, block)
-        basis.append(block)
-        images.append(image)
-    image = torch.cat(images, 1)
-    _, rotation = torch.linalg.eigh((image.T @ image).double())
-    return torch.cat(basis, 1) @ rotation.flip(1)[:, :width].to(matrix), norm
+        basis[:, done : done + width] = block
+        images[:, done : done + width] = image
+    _, rotation = torch.linalg.eigh((images.T @ images).double())
+    return basis @ rotation.flip(1)[:, :width].to(matrix), norm
 
 
 def _orthonormal(block: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from portllm.skinny import product, sketch
 from portllm.svd import leading, residual
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-SHAPES = [(1, 1), (1, 63), (63, 1), (2, 257), (64, 1000), (1000, 63), (100, 513), (67, 1030)]
+SHAPES = [(1, 1), (1, 63), (63, 1), (2, 257), (63, 1000), (1000, 63), (33, 530)]
 WIDTHS = (1, 16, 70)
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 

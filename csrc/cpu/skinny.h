@@ -20,17 +20,18 @@ struct Skinny {
   const float* block;  // X, [cols, width] or, transposed, [rows, width]; contiguous
   int64_t width;
   float* out;  // [rows, width] or, transposed, [cols, width]; contiguous
-  // Where source.data is set, and not transposed: [rows, cols] in fp32, of which D, in bf16, is made first.
+  // Where source.data is set, and not transposed: [rows, cols] in fp32, of which D, in bf16, is made
+  // first.
   Matrix source{};
-  double* squares = nullptr;  // with a source: the sum of its squares in each strip; set by SkinnyJob
+  double* squares = nullptr;  // the sum of its squares in each strip; set by SkinnyJob
 
   int64_t depth() const { return transposed ? rows : cols; }  // products in each sum
   int64_t height() const { return transposed ? cols : rows; }
 };
 
 // X is taken kBand columns at a time (a "band"), the rows of the result a strip at a time. One thread
-// sums each number of the result, in fp32 and in an order that only the shapes and the variant set, so
-// the number of threads changes no bit. With D in bf16, X is rounded to bf16.
+// sums each number of the result, in fp32 and in an order that only the shapes and the variant set,
+// so the number of threads changes no bit. With D in bf16, X is rounded to bf16.
 struct SkinnyKernel {
   int64_t strip;             // rows of D X
   int64_t transposed_strip;  // rows of D^T X

@@ -1,10 +1,11 @@
-// The kernel of skinny.h, written once over the same SIMD wrapper S as kernel.h. To be included inside of
-// the target that it is for.
+// The kernel of skinny.h, written once over the same SIMD wrapper S as kernel.h. To be included
+// inside of the target that it is for.
 //
-// A word is a number of fp32 or, where D is bf16 and S has `dot`, a pair of bf16 that follow each other in
-// the sums. D goes through a tile of words, with zeros where it ends: widening, pairing, edges and strides
-// are done there, and the arithmetic is one loop, sums[r][:] += tile[r, step] * X[step, :]. Each tile is
-// summed by itself first: rounding errors grow with the length of a sum.
+// A word is a number of fp32 or, where D is bf16 and S has `dot`, a pair of bf16 that follow each
+// other in the sums. D goes through a tile of words, with zeros where it ends: widening, pairing,
+// edges and strides are done there, and the arithmetic is one loop,
+//   sums[r][:] += tile[r, step] * X[step, :].
+// Each tile is summed by itself first: rounding errors grow with the length of a sum.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +37,8 @@ E* element(const Matrix& x, int64_t row, int64_t col) {
   return static_cast<E*>(x.data) + row * x.row_stride + col;
 }
 
-// The lines of memory that the next tile comes from, kRows of kCols elements E, to be fetched one by one
-// between the steps of the arithmetic. They may lie behind the end: fetching reads nothing.
+// The lines of memory that the next tile comes from, kRows of kCols elements E, to be fetched one by
+// one between the steps of the arithmetic. They may lie behind the end: fetching reads nothing.
 template <class E, int kRows, int kCols>
 struct NextTile {
   static constexpr int kLinesInRow = kCols * sizeof(E) / 64;
@@ -105,21 +106,21 @@ inline float pair(bf16 first, bf16 second) {
   return std::bit_cast<float>(uint32_t{first.bits} | uint32_t{second.bits} << 16);
 }
 
-// `count` elements of D, then zeros, as the numbers N of a tile's row of kTileWords words.
-template <class N, class E>
-void copy_row(const E* in, int64_t count, N* __restrict out) {
-  constexpr int kNumbers = kTileWords * sizeof(float) / sizeof(N);
-  const auto number = [](E x) {
-    if constexpr (std::is_same_v<N, E>) {
-      return x;
+// A row of a tile: `count` elements of D, then zeros; bf16 in pairs as they lie there, or widened.
+template <bool kPairs, class E>
+void copy_row(const E* in, int64_t count, float* __restrict out) {
+  constexpr size_t kBytes = kTileWords * sizeof *out;
+  if constexpr (kPairs || std::is_same_v<E, float>) {
+    if (count * sizeof *in >= kBytes) {
+      std::memcpy(out, in, kBytes);
     } else {
-      return widen(x);
+      std::memset(out, 0, kBytes);
+      std::memcpy(out, in, count * sizeof *in);
     }
-  };
-  if (count >= kNumbers) {
-    for (int j = 0; j < kNumbers; ++j) out[j] = number(in[j]);
+  } else if (count >= kTileWords) {
+    for (int j = 0; j < kTileWords; ++j) out[j] = widen(in[j]);
   } else {
-    for (int j = 0; j < kNumbers; ++j) out[j] = j < count ? number(in[j]) : N{};
+    for (int j = 0; j < kTileWords; ++j) out[j] = j < count ? widen(in[j]) : 0;
   }
 }
 
@@ -164,7 +165,7 @@ double sum(typename S::Vec x) {
   return total;
 }
 
-// Makes `cols` elements of D, kCols at most, rounded to bf16, from their source; adds their squares.
+// Makes `cols` elements of D, kCols at most, from their source, in bf16; adds the squares.
 template <class S, int kCols>
 void round_row(const Skinny& p, int64_t row, int64_t col, int64_t cols, typename S::Vec* squares) {
   const float* x = element<const float>(p.source, row, col);
@@ -186,10 +187,13 @@ void round_row(const Skinny& p, int64_t row, int64_t col, int64_t cols, typename
   std::memcpy(out, rounded, std::min<int64_t>(cols, kCols) * sizeof *out);
 }
 
-inline void write_rows(const Skinny& p, int64_t row, int64_t rows, int64_t band, const float* sums) {
+inline void write_rows(const Skinny& p, int64_t row, int64_t rows, int64_t band,
+                       const float* sums) {
   const int64_t width = std::min<int64_t>(p.width - band * kBand, kBand);
   float* out = p.out + row * p.width + band * kBand;
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * p.width, sums + r * kBand, width * sizeof *sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(out + r * p.width, sums + r * kBand, width * sizeof *sums);
+  }
 }
 
 // Rows of D X; with kRound, of D made from its source, whose squares are summed.
@@ -197,9 +201,8 @@ template <class S, class E, bool kRound>
 void multiply_rows(const Skinny& p, int64_t strip, const float* packed) {
   constexpr bool kPairs = kInPairs<S, E>;
   constexpr int kCols = kPairs ? 2 * kTileWords : kTileWords;
-  using Number = std::conditional_t<kPairs, bf16, float>;
   using Next = NextTile<std::conditional_t<kRound, float, E>, kTileRows, kCols>;
-  alignas(64) Number tile[kTileRows][kCols] = {};
+  alignas(64) float tile[kTileRows][kTileWords] = {};
   alignas(64) float sums[kBandsAtOnce][kTileRows * kBand];
   const int64_t row = strip * kTileRows, rows = std::min<int64_t>(p.rows - row, kTileRows);
   double total = 0;
@@ -215,13 +218,15 @@ void multiply_rows(const Skinny& p, int64_t strip, const float* packed) {
           total += sum<S>(squares[0]) + sum<S>(squares[1]);
         }
       }
-      for (int64_t r = 0; r < rows; ++r) copy_row(element<const E>(p.d, row + r, col), cols, tile[r]);
+      for (int64_t r = 0; r < rows; ++r) {
+        copy_row<kPairs>(element<const E>(p.d, row + r, col), cols, tile[r]);
+      }
       const int64_t first = kPairs ? col / 2 : col, steps = kPairs ? (cols + 1) / 2 : cols;
       Next next(kRound ? p.source : p.d, row, col + kCols);
       for (int64_t i = 0; i < count; ++i) {
         const float* x = packed + (band + i) * packed_size(p) + first * kBand;
-        add_products<S, kPairs, kTileWords, 1, Next::kLines / kTileWords>(reinterpret_cast<const float*>(tile), x,
-                                                                          steps, sums[i], next);
+        add_products<S, kPairs, kTileWords, 1, Next::kLines / kTileWords>(
+            tile[0], x, steps, sums[i], next);
       }
     }
     for (int64_t i = 0; i < count; ++i) write_rows(p, row, rows, band + i, sums[i]);
@@ -249,7 +254,7 @@ void multiply_cols(const Skinny& p, int64_t strip, const float* packed) {
           static constexpr bf16 kZeros[kTileWords] = {};
           pair_rows(in, r + 1 < rows ? in + p.d.row_stride : kZeros, cols, tile[steps]);
         } else {
-          copy_row(in, cols, tile[steps]);
+          copy_row<false>(in, cols, tile[steps]);
         }
       }
       const int64_t first = kPairs ? row / 2 : row;
@@ -267,7 +272,8 @@ void multiply_cols(const Skinny& p, int64_t strip, const float* packed) {
 
 template <class S>
 void pack_block(const Skinny& p, int64_t band, float* packed) {
-  p.d.dtype == DType::bf16 ? pack_band<S, bf16>(p, band, packed) : pack_band<S, float>(p, band, packed);
+  const auto pack = p.d.dtype == DType::bf16 ? pack_band<S, bf16> : pack_band<S, float>;
+  pack(p, band, packed);
 }
 
 template <class S>
