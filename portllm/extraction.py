@@ -299,7 +299,7 @@ def _decompose(
 def _subtract(after: Tensor, before: Tensor, out: Tensor) -> float:
     """``out <- after - before`` in fp32; returns the Frobenius norm of ``before``.
 
-    By blocks that stay in cache, in one read of the pair: torch takes 15 times as long where dtypes differ.
+    By blocks that stay in cache, in one read of the pair: torch is several times slower where dtypes differ.
     """
     squares = 0.0
     for rows in row_blocks(*out.shape):
