@@ -126,11 +126,13 @@ def main() -> None:
     results: dict[str, Any] = {"benchmark": "extract", "machine": machine.describe()}
     matrices = measure_matrices(arguments.size, arguments.rank, arguments.rounds)
     results["matrices"] = {"size": arguments.size, "rank": arguments.rank, "cases": matrices}
-    ours = {r["kind"]: r["seconds"] for r in matrices if r["way"] == "portllm"}
-    print(f"{'difference':20}{'way':20}{'ms':>9}{'error':>10}{'portllm is':>14}")
+    ours = {r["kind"]: r for r in matrices if r["way"] == "portllm"}
+    print(f"{'difference':20}{'way':20}{'ms':>9}{'error':>10}{'portllm is':>14}{'and its error':>16}")
     for r in matrices:
-        faster = f"{r['seconds'] / ours[r['kind']]:.2f} x"
-        print(f"{r['kind']:20}{r['way']:20}{r['seconds'] * 1e3:9.1f}{r['error']:10.5f}{faster:>14}")
+        r["portllm_faster"] = r["seconds"] / ours[r["kind"]]["seconds"]
+        r["portllm_error"] = ours[r["kind"]]["error"] / r["error"]
+        faster, error = f"{r['portllm_faster']:.2f} x", f"{(r['portllm_error'] - 1) * 100:+.2f} %"
+        print(f"{r['kind']:20}{r['way']:20}{r['seconds'] * 1e3:9.1f}{r['error']:10.5f}{faster:>14}{error:>16}")
     if arguments.size_gb:
         with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="portllm-bench-") as folder:
             pair = results["checkpoints"] = measure_checkpoints(Path(folder), arguments.size_gb, arguments.rank)

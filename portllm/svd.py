@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _native
-from .reference import accumulation_dtype, ieee_matmul, row_blocks
+from .reference import ieee_matmul, row_blocks
+from .skinny import frobenius, has_fast_bf16, product, sketch
 
-_BLOCKS = 2  # of the Krylov basis
+_BLOCKS = 3  # of the Krylov basis
 _WIDTH = 16  # columns come in whole vectors of the matrix library
 _MEASURE_BELOW = 1e-2  # relative residuals that the difference of two squares no longer tells
 
@@ -64,28 +64,22 @@ class Leading:
         return int(enough[0]) + 1 if len(enough) else None
 
 
-def frobenius(matrix: Tensor) -> float:
-    """The Frobenius norm of [m, n]; rows in fp32 (fp64 where the matrix is fp64), and their sum in fp64."""
-    return float(torch.linalg.vector_norm(matrix, dim=1, dtype=accumulation_dtype(matrix)).double().norm())
-
-
 def leading(
     matrix: Tensor, count: int, *, generator: torch.Generator | None = None, workspace: Workspace | None = None
 ) -> Leading:
     """The ``count`` largest singular values of ``matrix`` [m, n] fp32 and their vectors, at most min(m, n) of them."""
-    norm = frobenius(matrix)
     short = min(matrix.shape)
     count = min(count, short)
     width = -(-count // _WIDTH) * _WIDTH
     with ieee_matmul():
-        if norm == 0 or 2 * _BLOCKS * width >= short:
+        if 2 * _BLOCKS * width >= short:
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
             left, values, right = left[:, :count], values[:count].double(), right[:count].T
-            return Leading(left * values.to(left), right, values, norm)
+            return Leading(left * values.to(left), right, values, frobenius(matrix))
+        row_space, norm = _row_space(matrix, width, generator, workspace or Workspace())
         # The column space to fp32's precision: then a matrix of no higher rank is found to that precision.
-        image = matrix @ _row_space(matrix, width, generator, workspace or Workspace())
-        column_space = torch.linalg.qr(image.double())[0].to(matrix)
-        weights = matrix.T @ column_space
+        column_space = torch.linalg.qr(product(matrix, row_space).double())[0].to(matrix)
+        weights = product(matrix.T, column_space)
         squares, rotation = torch.linalg.eigh((weights.T @ weights).double())
         values = squares.flip(0)[:count].clamp(min=0).sqrt()
         rotation = rotation.flip(1)[:, :count].to(matrix)
@@ -107,40 +101,37 @@ def residual(matrix: Tensor, found: Leading, rank: int) -> float:
     return math.sqrt(total)
 
 
-def _row_space(matrix: Tensor, width: int, generator: torch.Generator | None, workspace: Workspace) -> Tensor:
-    """[n, width]: the directions among the inputs that matter most, about orthonormal."""
-    coarse = matrix
-    if _has_fast_bf16(matrix.device):
-        coarse = workspace.empty(matrix.shape, torch.bfloat16, matrix.device).copy_(matrix)
-    image = _times(coarse, torch.randn(matrix.shape[1], width, generator=generator).to(matrix))
-    basis: list[Tensor] = []
-    images: list[Tensor] = []
-    for _ in range(_BLOCKS):
-        block = _orthonormal(_times(coarse.T, _orthonormal(image)))
-        if basis:
-            others = torch.cat(basis, 1)
+def _row_space(
+    matrix: Tensor, width: int, generator: torch.Generator | None, workspace: Workspace
+) -> tuple[Tensor, float]:
+    """[n, width], the directions among the inputs that matter most, about orthonormal; and the matrix's norm."""
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    if has_fast_bf16(matrix.device):
+        coarse = workspace.empty(matrix.shape, torch.bfloat16, matrix.device)
+        image, norm = sketch(matrix, start, coarse)
+    else:
+        coarse = matrix
+        image, norm = product(matrix, start), frobenius(matrix)
+    basis = start.new_empty(len(start), _BLOCKS * width)
+    images = image.new_empty(len(image), _BLOCKS * width)
+    for done in range(0, _BLOCKS * width, width):
+        block = _orthonormal(product(coarse.T, _orthonormal(image)))
+        if done:
+            others = basis[:, :done]
             block = _orthonormal(block - others @ (others.T @ block))
-        image = _times(coarse, block)
-        basis.append(block)
-        images.append(image)
-    image = torch.cat(images, 1)
-    _, rotation = torch.linalg.eigh((image.T @ image).double())
-    return torch.cat(basis, 1) @ rotation.flip(1)[:, :width].to(matrix)
-
-
-def _times(matrix: Tensor, block: Tensor) -> Tensor:
-    return (matrix @ block.to(matrix.dtype)).to(block.dtype)
+        image = product(coarse, block)
+        basis[:, done : done + width] = block
+        images[:, done : done + width] = image
+    _, rotation = torch.linalg.eigh((images.T @ images).double())
+    return basis @ rotation.flip(1)[:, :width].to(matrix), norm
 
 
 def _orthonormal(block: Tensor) -> Tensor:
     """Shifted CholeskyQR2 (Fukaya et al., arXiv 1809.11085): two passes over [m, k] where Householder takes many."""
+    identity = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
     for _ in range(2):
         gram = (block.T @ block).double()
-        shift = torch.finfo(torch.float32).eps * gram.diagonal().sum() + torch.finfo(torch.float32).tiny
-        lower, _ = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-        block = block @ torch.linalg.inv(lower).T.to(block)
+        gram.diagonal().add_(torch.finfo(torch.float32).eps * gram.trace() + torch.finfo(torch.float32).tiny)
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        block = block @ torch.linalg.solve_triangular(lower, identity, upper=False).T.to(block)
     return block
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and _native.isa() in ("amx_bf16", "avx512_bf16"))

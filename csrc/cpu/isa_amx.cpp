@@ -354,6 +354,7 @@ const Isa* table() {
   static const Isa isa{"amx_bf16",
                        exact_kernel<S>(),
                        exact_kernel<Avx512Double>(),
+                       skinny_kernel<S>(),
                        true,
                        {kRows, kColumns, kPanelBytes, amx_scratch, amx_pack, amx_update},
                        8};

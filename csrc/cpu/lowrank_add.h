@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu/skinny.h"
 #include "matrix.h"
 
 namespace portllm {
@@ -87,6 +88,7 @@ struct Isa {
   const char* name;
   Kernel single;
   Kernel fp64;  // for fp64 weights
+  SkinnyKernel skinny;
   bool pairs;   // has the instruction that Term::pairs speaks of
   Kernel matrix{};      // on a matrix unit, up to fp32
   int matrix_rank = 0;  // from which it is faster than `single`; 0: there is none
