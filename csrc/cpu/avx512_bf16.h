@@ -30,6 +30,59 @@ struct Avx512Bf16Single : Avx512Single {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(in));
   }
 
+  // As in undo.h, 64 codes at a time.
+  static int64_t pack_codes(const uint16_t* codes, int members, uint8_t* packed, uint8_t* follow) {
+    const uint8_t* const start = follow;
+    for (int i = 0; i < members; i += 64, packed += 16) {
+      __m256i two[2];
+      for (int half = 0; half < 2; ++half) {
+        const int left = std::clamp(members - i - 32 * half, 0, 32);
+        const auto valid = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+        const __m512i code = _mm512_maskz_loadu_epi16(valid, codes + i + 32 * half);
+        const auto add = [&](short x) { return _mm512_add_epi16(code, _mm512_set1_epi16(x)); };
+        const __mmask32 more = _mm512_cmpgt_epu16_mask(add(1), _mm512_set1_epi16(2));
+        const __mmask32 wide = _mm512_cmpgt_epu16_mask(add(127), _mm512_set1_epi16(254));
+        const __m512i low = _mm512_and_si512(code, _mm512_set1_epi16(3));
+        two[half] = _mm512_cvtepi16_epi8(_mm512_mask_mov_epi16(low, more, _mm512_set1_epi16(2)));
+        const __m512i byte = _mm512_mask_mov_epi16(code, wide, _mm512_set1_epi16(0x80));
+        const __m256i bytes = _mm256_maskz_compress_epi8(more, _mm512_cvtepi16_epi8(byte));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(follow), bytes);
+        follow += __builtin_popcount(more);
+      }
+      const __m512i all = _mm512_inserti64x4(_mm512_castsi256_si512(two[0]), two[1], 1);
+      const __m512i pairs = _mm512_maddubs_epi16(all, _mm512_set1_epi16(0x0401));
+      const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi32(0x00100001));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(fours));
+    }
+    return follow - start;
+  }
+
+  static int64_t unpack_codes(const uint8_t* packed, int members, const uint8_t* follow,
+                              const uint8_t* end, uint16_t* codes) {
+    const uint8_t* const start = follow;
+    for (int i = 0; i < members; i += 64, packed += 16) {
+      const int left = std::min(members - i, 64);
+      const auto some = static_cast<__mmask16>((1u << (left + 3) / 4) - 1);
+      const __m512i fours = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, packed));
+      const __m512i halves = _mm512_or_si512(fours, _mm512_slli_epi32(fours, 12));
+      const __m512i two = _mm512_and_si512(_mm512_or_si512(halves, _mm512_slli_epi32(halves, 6)),
+                                           _mm512_set1_epi8(3));
+      const __mmask64 valid = left == 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      const __mmask64 more = _mm512_mask_cmpeq_epi8_mask(valid, two, _mm512_set1_epi8(2));
+      const int64_t count = __builtin_popcountll(more);
+      if (end - follow < count) return -1;
+      const __mmask64 there = count == 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+      const __m512i bytes = _mm512_maskz_loadu_epi8(there, follow);
+      follow += count;
+      const __m512i low = _mm512_sub_epi8(_mm512_xor_si512(two, _mm512_set1_epi8(2)),
+                                          _mm512_set1_epi8(2));
+      const __m512i code = _mm512_mask_expand_epi8(low, more, bytes);
+      _mm512_storeu_si512(codes + i, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(code)));
+      _mm512_storeu_si512(codes + i + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(code, 1)));
+    }
+    return follow - start;
+  }
+
   static void update(bf16* w, Vec even, Vec odd) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const __m512i both = _mm512_loadu_si512(w);

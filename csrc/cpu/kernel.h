@@ -396,7 +396,7 @@ class Exchange {
       int64_t start = record.starts[row + i];
       for (int64_t c = 0; c < chunk_; ++c) start += lengths[c];
       const int64_t columns = std::min(kSpan, weight_.cols - chunk_ * kSpan);
-      fits_ &= unpack_log(record.data + start, lengths[chunk_], columns, old_[i]);
+      fits_ &= unpack_log<S>(record.data + start, lengths[chunk_], columns, old_[i]);
     }
   }
 
@@ -425,7 +425,7 @@ class Exchange {
     for (int i = 0; i < rows_; ++i) {
       if (old_) fits_ &= old_[i].next == old_[i].members && old_[i].next_stray == old_[i].strays;
       if (now_) {
-        weight_.lengths[(row_ + i) * chunks_ + chunk_] = pack_log(now_[i], recorded_.rows[i]);
+        weight_.lengths[(row_ + i) * chunks_ + chunk_] = pack_log<S>(now_[i], recorded_.rows[i]);
         now_[i].clear();
       }
     }
@@ -434,8 +434,9 @@ class Exchange {
   // After the last tile of these rows.
   void end_rows() {
     for (int i = 0; now_ && i < rows_; ++i) {
-      std::vector<uint8_t>& row = recorded_.rows[i];
-      recorded_.bytes.insert(recorded_.bytes.end(), row.begin(), row.end());
+      Bytes& row = recorded_.rows[i];
+      std::memcpy(recorded_.bytes.room(row.size()), row.data(), row.size());
+      recorded_.bytes.add(row.size());
       row.clear();
     }
   }

@@ -114,6 +114,13 @@ const Isa* chosen_isa() {
   return isa;
 }
 
+void Bytes::grow(size_t least) {
+  capacity_ = std::max(least, 2 * capacity_);
+  auto larger = std::make_unique_for_overwrite<uint8_t[]>(capacity_);
+  if (size_ > 0) std::memcpy(larger.get(), data_.get(), size_);
+  data_ = std::move(larger);
+}
+
 int64_t Weight::chunks() const {
   return lies_turned() ? cols * ceil_div(rows, kSpan) : rows * ceil_div(cols, kSpan);
 }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -25,10 +26,30 @@ struct Term {
 
 struct Kernel;
 
+// Bytes that grow, and are not zeroed first.
+class Bytes {
+ public:
+  // Where the next ones go, of which there may be so many; add() then says how many there are.
+  uint8_t* room(size_t most) {
+    if (size_ + most > capacity_) grow(size_ + most);
+    return data_.get() + size_;
+  }
+  void add(size_t count) { size_ += count; }
+  void clear() { size_ = 0; }
+  const uint8_t* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  void grow(size_t least);
+
+  std::unique_ptr<uint8_t[]> data_;
+  size_t size_ = 0, capacity_ = 0;
+};
+
 // The chunks that one thread has recorded.
 struct Recorded {
-  std::vector<uint8_t> bytes;
-  std::vector<std::vector<uint8_t>> rows;  // of the tile of rows that is being updated
+  Bytes bytes;
+  std::vector<Bytes> rows;  // of the tile of rows that is being updated
 };
 
 // What takes an update of a weight off again; the bytes of a chunk are described in undo.h.

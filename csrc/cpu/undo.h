@@ -16,13 +16,14 @@
 //   u16, U    of each stray, up to the end: the column in the chunk, and the weight's bits as they were
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/half.h"
+#include "cpu/lowrank_add.h"
 
 namespace portllm {
 namespace {
@@ -59,7 +60,7 @@ struct Log {
     uint16_t column;
     U bits;
   };
-  static constexpr int kSlack = 64;  // a vector's store may reach past the last code
+  static constexpr int kSlack = 64;  // a vector's load or store may reach past the last code
 
   int members = 0;
   int strays = 0;
@@ -71,49 +72,88 @@ struct Log {
   void clear() { members = strays = next = next_stray = 0; }
 };
 
-// Appends the chunk, and returns its bytes.
+// The codes of a chunk in two bits each, and the bytes that follow for those that need more; returns how
+// many. Both outputs have room for 64 bytes more than that.
 template <class U>
-uint16_t pack_log(Log<U>& log, std::vector<uint8_t>& out) {
+int64_t pack_codes(const U* codes, int members, uint8_t* packed, uint8_t* follow) {
+  int64_t count = 0;
+  for (int i = 0; i < members; i += 4) {
+    unsigned byte = 0;
+    for (int j = 0; j < 4 && i + j < members; ++j) {
+      const U code = codes[i + j];
+      if (static_cast<U>(code + 1) <= 2) {
+        byte |= static_cast<unsigned>(code & 3) << 2 * j;
+      } else {
+        byte |= 2u << 2 * j;
+        follow[count++] = static_cast<uint8_t>(static_cast<U>(code + 127) <= 254 ? code : U{0x80});
+      }
+    }
+    packed[i / 4] = static_cast<uint8_t>(byte);
+  }
+  return count;
+}
+
+// The other way round; returns how many bytes of `follow` it took, or -1 if there are too few. Codes that
+// need more than a byte become -128.
+template <class U>
+int64_t unpack_codes(const uint8_t* packed, int members, const uint8_t* follow, const uint8_t* end,
+                     U* codes) {
+  const uint8_t* const start = follow;
+  for (int i = 0; i < members; ++i) {
+    const int two = packed[i / 4] >> i % 4 * 2 & 3;
+    codes[i] = static_cast<U>((two ^ 2) - 2);  // 0, 1, -2 for what follows, -1
+    if (two != 2) continue;
+    if (follow == end) return -1;
+    codes[i] = static_cast<U>(static_cast<int8_t>(*follow++));
+  }
+  return follow - start;
+}
+
+// A SIMD wrapper S may have pack_codes and unpack_codes of its own.
+template <class S, class U>
+constexpr bool kVectorCodes = requires(U* codes, uint8_t* out) {
+  S::pack_codes(codes, 0, out, out);
+};
+
+// Appends the chunk, and returns its bytes.
+template <class S, class U>
+uint16_t pack_log(const Log<U>& log, Bytes& out) {
   if (log.members == 0 && log.strays == 0) return 0;
-  const auto is_short = [](U code) { return static_cast<U>(code + 1) <= 2; };
+  constexpr int kRoom = 64;
   const int groups = (log.members + 3) / 4;
-  for (int i = log.members; i < 4 * groups; ++i) log.codes[i] = 0;
-  const size_t start = out.size();
-  out.resize(start + 2 + groups + log.members * (1 + sizeof(U)) + log.strays * (2 + sizeof(U)));
-  uint8_t* p = out.data() + start;
+  uint8_t* const start = out.room(2 + groups + log.members * (1 + sizeof(U)) +
+                                  log.strays * (2 + sizeof(U)) + 2 * kRoom);
+  uint8_t* p = start;
   const auto put = [&](const auto value) {
     std::memcpy(p, &value, sizeof value);
     p += sizeof value;
   };
   put(static_cast<uint16_t>(log.members));
-  for (int g = 0; g < groups; ++g) {
-    unsigned byte = 0;
-    for (int i = 0; i < 4; ++i) {
-      const U code = log.codes[4 * g + i];
-      byte |= (is_short(code) ? static_cast<unsigned>(code & 3) : 2u) << 2 * i;
+  uint8_t* const follow = p + groups;
+  uint8_t bytes[kSpan + kRoom];
+  int64_t count;
+  if constexpr (kVectorCodes<S, U>) {
+    count = S::pack_codes(log.codes, log.members, p, bytes);
+  } else {
+    count = pack_codes(log.codes, log.members, p, bytes);
+  }
+  std::memcpy(follow, bytes, count);
+  p = follow + count;
+  if (std::memchr(bytes, 0x80, count)) {
+    for (int i = 0; i < log.members; ++i) {
+      if (static_cast<U>(log.codes[i] + 127) > 254) put(log.codes[i]);
     }
-    p[g] = static_cast<uint8_t>(byte);
   }
-  p += groups;
-  int wide = 0;
-  for (int i = 0; i < log.members; ++i) {
-    const U code = log.codes[i];
-    if (is_short(code)) continue;
-    const bool fits = static_cast<U>(code + 127) <= 254;
-    put(static_cast<uint8_t>(fits ? code : U{0x80}));
-    if (!fits) log.codes[wide++] = code;
-  }
-  for (int i = 0; i < wide; ++i) put(log.codes[i]);
   for (int i = 0; i < log.strays; ++i) {
     put(log.stray[i].column);
     put(log.stray[i].bits);
   }
-  out.resize(p - out.data());
-  return static_cast<uint16_t>(out.size() - start);
+  out.add(p - start);
+  return static_cast<uint16_t>(p - start);
 }
 
 // Unpacks a chunk of so many columns; false if it cannot be one.
-template <class U>
+template <class S, class U>
 bool unpack_log(const uint8_t* data, int64_t size, int64_t columns, Log<U>& log) {
   log.clear();
   if (size == 0) return true;
@@ -124,27 +164,23 @@ bool unpack_log(const uint8_t* data, int64_t size, int64_t columns, Log<U>& log)
   data += 2;
   const int groups = (members + 3) / 4;
   if (members > columns || end - data < groups) return false;
-  for (int g = 0; g < groups; ++g) {
-    for (int i = 0; i < 4; ++i) {
-      const int two = data[g] >> 2 * i & 3;
-      log.codes[4 * g + i] = static_cast<U>((two ^ 2) - 2);  // 0, 1, -2 for what follows, -1
-    }
+  const uint8_t* const follow = data + groups;
+  int64_t count;
+  if constexpr (kVectorCodes<S, U>) {
+    count = S::unpack_codes(data, members, follow, end, log.codes);
+  } else {
+    count = unpack_codes(data, members, follow, end, log.codes);
   }
-  data += groups;
-  constexpr U kFollows = static_cast<U>(-2), kWide = static_cast<U>(-128);
-  int wide = 0;
-  for (int i = 0; i < members; ++i) {
-    if (log.codes[i] != kFollows) continue;
-    if (data == end) return false;
-    log.codes[i] = static_cast<U>(static_cast<int8_t>(*data++));
-    wide += log.codes[i] == kWide;
-  }
+  if (count < 0) return false;
+  data = follow + count;
+  constexpr U kWide = static_cast<U>(-128);
+  const auto wide = std::count(follow, data, uint8_t{0x80});
   if (end - data < wide * static_cast<int64_t>(sizeof(U))) return false;
-  for (int i = 0; wide > 0; ++i) {
+  for (int i = 0, left = static_cast<int>(wide); left > 0; ++i) {
     if (log.codes[i] != kWide) continue;
     std::memcpy(&log.codes[i], data, sizeof(U));
     data += sizeof(U);
-    --wide;
+    --left;
   }
   constexpr int64_t kStray = 2 + sizeof(U);
   if ((end - data) % kStray != 0 || (end - data) / kStray > columns) return false;
