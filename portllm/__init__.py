@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .live import apply as apply
     from .live import plan as plan
     from .live import remove as remove
+    from .movement import Drift as Drift
+    from .movement import drift as drift
     from .ops import lowrank_add_ as lowrank_add_
     from .patch import Patch as Patch
     from .planning import Plan as Plan
@@ -41,6 +43,7 @@ _HOMES = {
     "BackendError": "errors",
     "CheckpointError": "errors",
     "Combined": "algebra",
+    "Drift": "movement",
     "Extraction": "extraction",
     "Patch": "patch",
     "PatchError": "errors",
@@ -52,6 +55,7 @@ _HOMES = {
     "apply_checkpoint": "checkpoint",
     "cast": "algebra",
     "combine": "algebra",
+    "drift": "movement",
     "extract": "extraction",
     "lowrank_add_": "ops",
     "negate": "algebra",
