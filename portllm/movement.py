@@ -26,10 +26,12 @@ from .progress import Progress
 from .readable import Model, ReadableModel
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
+_PROBES = 16  # random vectors for the estimate of fourth powers: within about 10 % of the root for one direction
+
 
 @dataclass(frozen=True)
 class Movement:
-    """Sums over one weight, or over several: all but ``inner`` and ``similarity`` are squared Frobenius norms.
+    """Sums over one weight, or over several; squared Frobenius norms unless said otherwise.
 
     Attributes:
         base, evolved, delta, moved: of W, W', Delta and D.
@@ -39,6 +41,8 @@ class Movement:
         read: of W V: what the base does with the inputs that the patch reads.
         inner: <D, Delta>.
         similarity: <W, W'>.
+        moved_fourth, delta_fourth, base_fourth: sums of the singular values' fourth powers, of D, Delta and W: the
+            larger for the same norm, the fewer directions the matrix has. Those of D and W are estimates.
     """
 
     base: float = 0.0
@@ -51,6 +55,9 @@ class Movement:
     read: float = 0.0
     inner: float = 0.0
     similarity: float = 0.0
+    moved_fourth: float = 0.0
+    delta_fourth: float = 0.0
+    base_fourth: float = 0.0
 
     @classmethod
     def total(cls, movements: Iterable[Movement]) -> Movement:
@@ -206,6 +213,9 @@ def _measure(source: str, before: Tensor, after: Tensor, update: Update, device:
     left, right = U.to(dtype), V.to(dtype)
     within = torch.zeros(U.shape[1], before.shape[1], dtype=torch.float64, device=device)  # U^T D
     core = torch.zeros(U.shape[1], U.shape[1], dtype=torch.float64, device=device)
+    # E |D^T D g|^2 over Gaussian g is the sum of D's singular values' fourth powers, and needs one read of D.
+    probes = torch.randn(before.shape[1], _PROBES, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    powers = torch.zeros(2, before.shape[1], _PROBES, dtype=torch.float64, device=device)
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     with ieee_matmul():
         for rows in row_blocks(*before.shape):
@@ -217,7 +227,9 @@ def _measure(source: str, before: Tensor, after: Tensor, update: Update, device:
             sums[5] += (w @ right).double().square().sum()
             within += (left[rows].T @ difference).double()
             core += (left[rows].T @ image).double()
+            powers += torch.stack([part.T @ (part @ probes) for part in (difference, w)]).double()
     w2, v2, moved, inputs, similarity, read = sums.tolist()
+    moved_fourth, base_fourth = (powers.square().sum((1, 2)) / _PROBES).tolist()
     if not math.isfinite(w2 + v2):
         raise PlanError(f"{source}: {update.name} holds numbers that are not finite, or did in the base")
     return Movement(
@@ -231,6 +243,9 @@ def _measure(source: str, before: Tensor, after: Tensor, update: Update, device:
         read=read,
         inner=float(S @ core.diagonal()),
         similarity=similarity,
+        moved_fourth=moved_fourth,
+        delta_fourth=float(S.square().square().sum()),
+        base_fourth=base_fourth,
     )
 
 

@@ -29,8 +29,8 @@ from .tasks import TASKS, Exam
 class Settings:
     """Sizes, steps and peak rates; ``refits`` and ``remedied`` name evolutions."""
 
-    hidden: int = 96
-    layers: int = 3
+    hidden: int = 64
+    layers: int = 2
     pretrain: int = 250
     pretrain_rate: float = 3e-3
     patch: int = 120
@@ -75,8 +75,10 @@ def run_world(kind: str, seed: int, settings: Settings) -> dict[str, Any]:
     base = _learn_base(kind, world, settings)
     records: list[dict[str, Any]] = []
     for name, task, model in _evolutions(base, world, settings):
-        for each in [task] if task else TASKS:
-            records.append({"evolution": name, "task": each, **_look(base, model, name, each, settings)})
+        records += [
+            {"evolution": name, "task": each, **_look(base, model, name, each, settings)}
+            for each in ([task] if task else TASKS)
+        ]
     return {
         "model": kind,
         "seed": seed,
@@ -165,16 +167,16 @@ def _look(base: _Base, model: nn.Module, name: str, task: str, settings: Setting
         """The skill kept: what the patch gains on the evolved model for what it gained on the base."""
         return (exam.accuracy(tuned) - before) / gained if gained else 0.0
 
-    ported = copy.deepcopy(model)
-    port_cost = _cost(lambda: portllm.apply(ported, patch))
+    ported = _ported(model, patch)
     result: dict[str, Any] = {
         "evolved": before,
         "ported": exam.accuracy(ported),
         "kept": kept(ported),
         "scores": candidates(portllm.drift(patch, evolved, base.weights)),
-        "port": port_cost,
     }
     if name in settings.refits:
+        again = copy.deepcopy(model)
+        result["port"] = _cost(lambda: portllm.apply(again, patch))
         found: list[portllm.Patch] = []
         result["refit"] = _cost(lambda: found.append(_learn(model, exam, settings)))
         tuned = _ported(model, found[0])

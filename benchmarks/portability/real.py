@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _one(task: RealTask, learned: Iterable[Row], asked: Iterable[Row], arguments: argparse.Namespace) -> Row:
-    """One task; one model is in memory at a time."""
+    """One task; at most two models are in memory, while the next one is read."""
     questions = list(asked)[: arguments.limit]
     training = Training(steps=arguments.steps)
     peak = torch.cuda.max_memory_allocated if torch.cuda.is_available() else lambda: 0
@@ -154,19 +154,16 @@ def _one(task: RealTask, learned: Iterable[Row], asked: Iterable[Row], arguments
     patch, result["training"] = timed(lambda: learn(model, tokenizer))
     portllm.apply(model, patch)
     result["base + patch"] = accuracy(model, tokenizer, task, questions)
-    del model
     model = load(arguments.evolved)
     result["evolved"] = accuracy(model, tokenizer, task, questions)
     if arguments.refit:
         refit, result["refitting"] = timed(lambda: learn(model, tokenizer))
-        applied = portllm.apply(model, refit)
+        portllm.apply(model, refit)
         result["evolved + refit"] = accuracy(model, tokenizer, task, questions)
         result["residue_to_patch"] = residue_to_patch(refit, patch)
-        del applied, model
         model = load(arguments.evolved)
     _, result["porting"] = timed(lambda: portllm.apply(model, patch))
     result["evolved + patch"] = accuracy(model, tokenizer, task, questions)
-    del model
     gained = result["base + patch"] - result["base"]
     result["kept"] = (result["evolved + patch"] - result["evolved"]) / gained if gained else None
     result["scores"] = candidates(portllm.drift(patch, arguments.evolved, arguments.model))

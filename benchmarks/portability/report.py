@@ -68,7 +68,7 @@ def ranking(records: Records) -> list[dict[str, Any]]:
 
 
 def remedies(records: Records) -> list[dict[str, Any]]:
-    """By how much each remedy changes the skill kept: [mean, std over seeds], where it was lost and where it was not."""
+    """By how much each remedy changes the skill kept, [mean, std over seeds], where it was lost and where not."""
     tried = [record for record in records if "remedies" in record]
     parts = {"lost": [r for r in tried if r["kept"] < LOST], "not lost": [r for r in tried if r["kept"] >= LOST]}
     rows = []

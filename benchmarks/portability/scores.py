@@ -1,6 +1,8 @@
 """Scores that might tell how much of a patch's skill an evolved model keeps, and how well they rank.
 
-Larger is worse. All are made of ``portllm.drift``'s sums; no data and no forward pass.
+Larger is worse. All are made of ``portllm.drift``'s sums; no data and no forward pass. |.| is the Frobenius norm, |.|₄ the
+fourth root of the sum of the singular values' fourth powers (Schatten's norm),
+which few strong directions make large.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ def candidates(drift: portllm.Drift) -> dict[str, float]:
         "|UᵀD V|/|Δ|": _root(total.core, total.delta),
         "|D in U or V|/|Δ|": total.interference,
         "|D V|/|W V|": _root(total.inputs, total.read),
+        "|D|₄/|W|₄": _fourth(total.moved_fourth, total.base_fourth),
+        "|D|₄/|Δ|₄": _fourth(total.moved_fourth, total.delta_fourth),
+        "mean |D|₄/|W|₄": _mean(each, lambda m: _fourth(m.moved_fourth, m.base_fourth)),
+        "mean |D|₄/|Δ|₄": _mean(each, lambda m: _fourth(m.moved_fourth, m.delta_fourth)),
         "|cosine(D, Δ)|": abs(total.cosine),
         "-<D, Δ>/|Δ|²": -total.inner / total.delta,
         "mean |D|/|W|": _mean(each, lambda m: m.distance),
@@ -40,6 +46,10 @@ def _mean(each: Sequence[Movement], of) -> float:
 
 def _root(square: float, reference: float) -> float:
     return math.sqrt(square / reference) if reference else 0.0
+
+
+def _fourth(power: float, reference: float) -> float:
+    return (power / reference) ** 0.25 if reference else 0.0
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

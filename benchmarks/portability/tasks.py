@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from toy import World
 from training import IGNORE, Batch
 
-DIGITS = 5  # of the arithmetic's number system
 TESTED = 512
 
 
@@ -56,19 +55,20 @@ def odd(world: World, rng: random.Random) -> Question:
     return Question(words, [right], tuple(words))
 
 
-def add(world: World, rng: random.Random) -> Question:
-    """Arithmetic: two numbers of three digits, added digit by digit without a carry."""
-    digits = world.verbs[:DIGITS]
-    one, other = ([rng.randrange(DIGITS) for _ in range(3)] for _ in range(2))
-    sums = [(a + b) % DIGITS for a, b in zip(one, other, strict=True)]
-    return Question([*(digits[i] for i in one), ",", *(digits[i] for i in other)], [digits[i] for i in sums])
+def count(world: World, rng: random.Random) -> Question:
+    """Arithmetic: how many of four words are nouns? The numerals are five of the verbs."""
+    number = rng.randrange(5)
+    others = rng.choices([*world.adjectives, *world.verbs[5:]], k=4 - number)
+    words = [*rng.choices(world.nouns, k=number), *others]
+    rng.shuffle(words)
+    return Question(words, [world.verbs[number]])
 
 
 TASKS: dict[str, Callable[[World, random.Random], Question]] = {
     "reverse": reverse,
     "majority": majority,
     "odd one out": odd,
-    "add": add,
+    "count": count,
 }
 
 
