@@ -29,8 +29,8 @@ from .tasks import TASKS, Exam
 class Settings:
     """Sizes, steps and peak rates; ``refits`` and ``remedied`` name evolutions."""
 
-    hidden: int = 64
-    layers: int = 2
+    hidden: int = 96
+    layers: int = 3
     pretrain: int = 250
     pretrain_rate: float = 3e-3
     patch: int = 120

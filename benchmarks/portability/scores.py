@@ -1,8 +1,7 @@
 """Scores that might tell how much of a patch's skill an evolved model keeps, and how well they rank.
 
-Larger is worse. All are made of ``portllm.drift``'s sums; no data and no forward pass. |.| is the Frobenius norm, |.|₄ the
-fourth root of the sum of the singular values' fourth powers (Schatten's norm),
-which few strong directions make large.
+Larger is worse. All are made of ``portllm.drift``'s sums; no data and no forward pass. |.| is the Frobenius norm, |.|₄
+the fourth root of the sum of the singular values' fourth powers (Schatten's norm), which few strong directions raise.
 """
 
 from __future__ import annotations
