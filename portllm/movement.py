@@ -8,6 +8,7 @@ comes from skinny products in one read of the pair; no full matrix is decomposed
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -26,6 +27,13 @@ from .progress import Progress
 from .readable import Model, ReadableModel
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
+_RATIOS = (
+    "score", "outlook", "distance", "relative_distance", "base_cosine", "cosine", "input_share", "output_share",
+    "interference",
+)  # fmt: skip
+# Scores from which on a part, or most, of the skill was lost in benchmarks/portability (means; tasks differ much).
+_BOUNDS = (0.2, 0.6)
+_OUTLOOKS = ("likely to carry", "partly at risk", "likely lost")
 _PROBES = 16  # random vectors for the estimate of fourth powers: within about 10 % of the root for one direction
 
 
@@ -99,10 +107,22 @@ class Movement:
         """||D within either of the patch's spaces|| / ||Delta||."""
         return _root(max(self.inputs + self.outputs - self.core, 0.0), self.delta)
 
-    def as_dict(self) -> dict[str, float]:
+    @property
+    def score(self) -> float:
+        """||D||_4 / ||W||_4 (Schatten norms): the distance, in which a few strong directions weigh most.
+
+        Of the data-free scores tried in benchmarks/portability, this one ranked evolutions best by the skill lost.
+        """
+        return _root(math.sqrt(self.moved_fourth), math.sqrt(self.base_fourth))
+
+    @property
+    def outlook(self) -> str:
+        """What the score meant for tiny models: "likely to carry", "partly at risk" or "likely lost"."""
+        return _OUTLOOKS[bisect.bisect_right(_BOUNDS, self.score)]
+
+    def as_dict(self) -> dict[str, float | str]:
         """The ratios, for programs."""
-        names = ("distance", "base_cosine", "cosine", "input_share", "output_share", "relative_distance")
-        return {name: getattr(self, name) for name in (*names, "interference")}
+        return {name: getattr(self, name) for name in _RATIOS}
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,11 @@ class Drift:
     verdict: str
     weights: tuple[WeightDrift, ...]
     total: Movement
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict and all ratios, for programs."""
+        weights = [{"source": w.source, "tensors": w.tensors, **w.movement.as_dict()} for w in self.weights]
+        return {"verdict": self.verdict, "total": self.total.as_dict(), "weights": weights}
 
 
 def drift(
