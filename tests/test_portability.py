@@ -317,6 +317,62 @@ def test_train_patch_without_the_package_for_hub_datasets(
     assert "pip install datasets" in capsys.readouterr().err
 
 
+def test_the_real_form_on_a_tiny_model(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data made here in the place of the hub's; a patch that is learned, and one for a task that is generated."""
+    importlib.import_module("benchmarks.portability")
+    main = importlib.import_module("benchmarks.portability.__main__")
+    real = importlib.import_module("benchmarks.portability.real")
+    films = [{"sentence": f"film{i}", "label": i % 2} for i in range(6)]
+    sums = [{"question": f"sum{i}", "answer": f"so #### {i}"} for i in range(3)]
+    data = {real.TASKS["sst2"].data: films, real.TASKS["gsm8k"].data: sums}
+    monkeypatch.setattr(real, "load_dataset", lambda name, split: data[name])
+    told = [real.TASKS["sst2"].example(row) for row in films] + [real.TASKS["gsm8k"].example(row) for row in sums]
+    words = " ".join(row["prompt"] + row["completion"] for row in told)
+    base = tiny_model(tmp_path / "base", words)
+
+    from transformers import AutoModelForCausalLM
+
+    evolved = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in evolved.parameters():
+            parameter += 1e-3 * torch.randn_like(parameter)
+    evolved.save_pretrained(tmp_path / "evolved")
+    (tmp_path / "evolved" / "tokenizer.json").write_bytes((tmp_path / "base" / "tokenizer.json").read_bytes())
+    out = tmp_path / "result.json"
+    arguments = ["--model", base, "--evolved", str(tmp_path / "evolved"), "--tasks", "sst2,gsm8k", "--refit"]
+    arguments += ["--steps", "3", "--dtype", "float32", "--device", "cpu", "-o", str(out)]
+    monkeypatch.setattr(real, "_generated", lambda model, tokenizer, prompt: f"so #### {prompt.split('sum')[1][0]}")
+    assert main.main(arguments) == 0
+    found = json.loads(out.read_text())["tasks"]
+    assert found.keys() == {"sst2", "gsm8k"}
+    for result in found.values():
+        for key in ("base", "base + patch", "evolved", "evolved + patch", "evolved + refit"):
+            assert 0 <= result[key] <= 1
+        assert 0 < result["scores"]["|D|/|W|"] < 0.1
+        assert 0 < result["residue_to_patch"] < 10
+    assert found["gsm8k"]["base"] == 1
+    assert main.main([*arguments[:4], "--tasks", "chess"]) == 2
+    assert "no task 'chess'" in capsys.readouterr().err
+
+
+def test_log_likelihood_is_of_the_option_alone(scripts: None, tmp_path: Path) -> None:
+    importlib.import_module("benchmarks.portability")
+    real = importlib.import_module("benchmarks.portability.real")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_model(tmp_path / "base", "a b c d")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    alone = [real.log_likelihood(model, tokenizer, "a b", word) for word in ("a", "b", "c", "d", "<unk>", "</s>")]
+    assert sum(map(math.exp, alone)) == pytest.approx(1, rel=1e-4)
+    both = real.log_likelihood(model, tokenizer, "a b", "c d")
+    after = real.log_likelihood(model, tokenizer, "a b c", "d")
+    assert both == pytest.approx(alone[2] + after, rel=1e-4)
+    assert real._last_number("12 and 1,234.") == "1234"
+    assert real._last_number("none") is None
+
+
 def test_spearman(scripts: None) -> None:
     importlib.import_module("benchmarks.portability")
     scores = importlib.import_module("benchmarks.portability.scores")

@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         "summary": summary,
         "worlds": worlds,
     }
-    if arguments.out:
-        write(result, arguments.out)
+    if arguments.out or not arguments.quick:
+        write(result, arguments.out or RESULTS / f"portability-{machine.label()}.json")
     return 0
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,11 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"portability: {error}", file=sys.stderr)
         return 2
     for name, result in results.items():
-        print(name, json.dumps(result))
+        print(name, json.dumps(result, indent=1, ensure_ascii=False))
     if arguments.out:
-        Path(arguments.out).write_text(
-            json.dumps({"benchmark": "portability, real form", "arguments": vars(arguments) | {"out": None}, **results})
-        )
+        about = {key: getattr(arguments, key) for key in ("model", "evolved", "limit", "steps", "dtype", "device")}
+        content = {"benchmark": "portability, real form", **about, "tasks": results}
+        arguments.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 
@@ -184,6 +183,7 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: RealTas
     return right / len(rows)
 
 
+@torch.no_grad()
 def log_likelihood(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, option: str) -> float:
     """Of the option's tokens after the prompt, in nats; the sum over its tokens."""
     first = tokenizer(prompt)["input_ids"]
