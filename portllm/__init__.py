@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .ops import lowrank_add_ as lowrank_add_
     from .patch import Patch as Patch
     from .planning import Plan as Plan
+    from .rebasing import rebase as rebase
 
 _HOMES = {
     "Applied": "live",
@@ -60,6 +61,7 @@ _HOMES = {
     "lowrank_add_": "ops",
     "negate": "algebra",
     "plan": "live",
+    "rebase": "rebasing",
     "remove": "live",
     "scale": "algebra",
     "stamp": "fingerprint",

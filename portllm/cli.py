@@ -113,6 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.add_argument("--all", action="store_true", help="a line for each module, not for each kind")
 
+    command = _command(commands, "rebase", _rebase, "fit a patch to an evolved model that takes some of its skill")
+    command.add_argument("patch", metavar="PATCH")
+    _model_argument(command)
+    command.add_argument("--base", required=True, help="the model that the patch was made on")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, help="the new patch; must not exist (see --overwrite)"
+    )
+    command.add_argument("--device", default="cpu", help="where to compute")
+    _binding_arguments(command)
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
     command = _command(commands, "inspect", _inspect, "what is in a patch?")
     command.add_argument("patch", metavar="PATCH")
     _setting_argument(command)
@@ -391,6 +403,29 @@ def _combine(arguments: argparse.Namespace) -> int:
     numbers = _numbers(patch)
     print(f"{arguments.method} of {len(pairs)}: {numbers['parameters']:,} numbers in {', '.join(numbers['dtypes'])}")
     print(arguments.out)
+    return 0
+
+
+def _rebase(arguments: argparse.Namespace) -> int:
+    patch = _load(arguments.patch, arguments)
+    from .files import check_destination
+    from .rebasing import rebase
+
+    inputs = [Path(arguments.patch), Path(arguments.model), Path(arguments.base)]
+    check_destination(arguments.out, inputs, arguments.overwrite, sum(t.nbytes for t in patch.tensors.values()))
+    made = rebase(
+        patch,
+        arguments.model,
+        arguments.base,
+        **_binding(arguments),
+        device=arguments.device,
+        progress=not (arguments.quiet or arguments.json),
+    )
+    _save(made, arguments)
+    if arguments.json:
+        _print_json({"out": str(arguments.out), **_numbers(made)})
+    else:
+        print(f"{arguments.out}: {arguments.patch}, rebased from {arguments.base} to {arguments.model}")
     return 0
 
 

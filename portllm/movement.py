@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -181,9 +181,35 @@ def drift(
         PatchError, PlanError, CheckpointError: as ``portllm.apply``; or the two models' weights differ in shape, or
             hold numbers that are not finite, or the patch has no factors that could be measured.
     """
+    weights = []
+    for pair in compared(patch, evolved, base, Options(tied, expert_layout), strict, progress):
+        where = torch.device(device)
+        parts = [
+            _measure(pair.source, *part, where) for part in zip(pair.before, pair.after, pair.updates, strict=True)
+        ]
+        names = tuple(dict.fromkeys(update.name for update in pair.updates))
+        weights.append(WeightDrift(pair.source, names, Movement.total(parts)))
+    total = Movement.total(weight.movement for weight in weights)
+    verdict = kinship(total.moved == 0, [weight.movement.base_cosine for weight in weights])
+    return Drift(verdict, tuple(weights), total)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One of the patch's modules in both models: ``before`` and ``after`` are the parts that ``updates`` change."""
+
+    source: str
+    updates: tuple[Update, ...]
+    before: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
+
+
+def compared(
+    patch: Source, evolved: Model, base: Model, options: Options, strict: bool, progress: bool
+) -> Iterator[Pair]:
+    """The patch's modules, one at a time, read from both models. Args and errors as ``drift``."""
     [(loaded, strength)] = as_patches(patch)
     old, new = ReadableModel.open(base, "base"), ReadableModel.open(evolved, "evolved")
-    options = Options(tied, expert_layout)
     plans: list[Plan] = []
     for model in (old, new):
         plan = bind(model.target, [(loaded, strength)], options)
@@ -196,21 +222,13 @@ def drift(
     shared = [source for source in after if source in before]
     if not shared:
         raise PlanError(f"{loaded.name}: has no low-rank factors for a weight that both models have")
+    sizes = {source: _bytes(after[source], new) + _bytes(before[source], old) for source in shared}
     read_old, read_new = cached(old.read), cached(new.read)
-    weights = []
-    with Progress(sum(_bytes(after[s], new) + _bytes(before[s], old) for s in shared), enabled=progress) as bar:
+    with Progress(sum(sizes.values()), enabled=progress) as bar:
         for source in shared:
-            pairs = zip(*_aligned(source, before[source], after[source], read_old, read_new), strict=True)
-            parts = [
-                _measure(source, w, v, update, torch.device(device))
-                for update, (w, v) in zip(after[source], pairs, strict=True)
-            ]
-            names = tuple(dict.fromkeys(update.name for update in after[source]))
-            weights.append(WeightDrift(source, names, Movement.total(parts)))
-            bar.update(_bytes(after[source], new) + _bytes(before[source], old))
-    total = Movement.total(weight.movement for weight in weights)
-    verdict = kinship(total.moved == 0, [weight.movement.base_cosine for weight in weights])
-    return Drift(verdict, tuple(weights), total)
+            parts = _aligned(source, before[source], after[source], read_old, read_new)
+            yield Pair(source, tuple(after[source]), *map(tuple, parts))
+            bar.update(sizes[source])
 
 
 def _aligned(
@@ -233,7 +251,7 @@ def _aligned(
 
 def _measure(source: str, before: Tensor, after: Tensor, update: Update, device: torch.device) -> Movement:
     """One rectangle: ``before`` and ``after`` [m, n]."""
-    U, S, V = _directions(update, device)
+    U, S, V = directions(update, device)
     dtype = torch.promote_types(accumulation_dtype(before), accumulation_dtype(after))
     left, right = U.to(dtype), V.to(dtype)
     within = torch.zeros(U.shape[1], before.shape[1], dtype=torch.float64, device=device)  # U^T D
@@ -274,7 +292,7 @@ def _measure(source: str, before: Tensor, after: Tensor, update: Update, device:
     )
 
 
-def _directions(update: Update, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def directions(update: Update, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(U [m, k], S [k], V [n, k]) in fp64 of the update's sum of terms; k = 0 where it is zero."""
     lora_B = torch.cat([t.scaling * t.strength * t.lora_B.to(device).double() for t in update.terms], 1)
     lora_A = torch.cat([t.lora_A.to(device).double() for t in update.terms])

@@ -224,6 +224,86 @@ def test_check_with_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "none" in capsys.readouterr().err
 
 
+# -- rebase ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_a_rebased_patch_writes_what_it_wrote_on_the_base(dtype: torch.dtype) -> None:
+    base = {name: tensor.to(dtype) for name, tensor in tiny.tensors(FP32).items()}
+    evolved = moved(base, 0.5)
+    patch = portllm.Patch.from_tensors(tiny.factors(), config(), metadata={"mine": "kept"})
+    made = portllm.rebase(portllm.stamp(patch, base), evolved, base)
+    assert made.metadata["mine"] == "kept"
+    plan = portllm.plan(evolved, made)
+    assert portllm.fingerprint.check_weights(made, plan, evolved.__getitem__).verdict == "base"
+    assert made.num_parameters == patch.num_parameters
+    for old, new in zip(patch.entries, made.entries, strict=True):
+        assert isinstance(old, portllm.patch.LoraEntry)
+        assert isinstance(new, portllm.patch.LoraEntry)
+        name = f"{old.module}.weight"
+        U = torch.linalg.qr(old.lora_B.double())[0]
+        before = base[name].double() + old.scaling * old.lora_B.double() @ old.lora_A.double()
+        after = evolved[name].double() + new.scaling * new.lora_B.double() @ new.lora_A.double()
+        # In what the patch writes the two are the same; in all else the evolved weight is as it was.
+        torch.testing.assert_close(U.T @ after, U.T @ before, rtol=1e-4, atol=1e-4)
+        rest = torch.eye(len(U)).double() - U @ U.T
+        torch.testing.assert_close(rest @ after, rest @ evolved[name].double(), rtol=1e-4, atol=1e-4)
+
+
+def test_rebase_keeps_a_patch_whose_base_has_not_moved_and_one_of_zeros() -> None:
+    base = tiny.tensors(FP32)
+    patch = portllm.Patch.from_tensors(tiny.factors(), config())
+    made = portllm.rebase(patch, base, {name: tensor.clone() for name, tensor in base.items()})
+    for old, new in zip(patch.entries, made.entries, strict=True):
+        torch.testing.assert_close(new.lora_B @ new.lora_A, old.lora_B @ old.lora_A, rtol=1e-4, atol=1e-4)
+    zero = {key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tiny.factors().items()}
+    made = portllm.rebase(portllm.Patch.from_tensors(zero, config()), moved(base), base)
+    assert all((entry.lora_B == 0).all() for entry in made.entries)
+
+
+def test_rebase_onto_a_fused_layout_and_back() -> None:
+    layer, rows = "model.layers.0.self_attn", {"q": 24, "k": 8, "v": 8}
+    split = {f"{layer}.{p}_proj.weight": torch.randn(n, tiny.IN) for p, n in rows.items()}
+    after = moved(split)
+    name = f"{layer}.qkv_proj"
+    fused, fused_after = ({f"{name}.weight": torch.cat(list(model.values()))} for model in (split, after))
+    named: dict[str, Tensor] = {}
+    for p, n in rows.items():
+        named |= tiny.factors([f"{layer}.{p}_proj"], n)
+    for patch in (
+        portllm.Patch.from_tensors(named, config(target_modules=["q_proj", "k_proj", "v_proj"])),
+        portllm.Patch.from_tensors(tiny.factors([name], sum(rows.values())), config(target_modules=["qkv_proj"])),
+    ):
+        one, other = portllm.rebase(patch, after, split), portllm.rebase(patch, fused_after, fused)
+        for a, b in zip(one.entries, other.entries, strict=True):
+            torch.testing.assert_close(a.lora_B @ a.lora_A, b.lora_B @ b.lora_A, rtol=1e-4, atol=1e-4)
+
+
+def test_rebase_refuses_dora_and_experts() -> None:
+    base = tiny.tensors(FP32)
+    named = tiny.factors() | {
+        f"base_model.model.{module}.lora_magnitude_vector": torch.ones(tiny.OUT) for module in tiny.MODULES
+    }
+    with pytest.raises(PlanError, match="cannot be rebased"):
+        portllm.rebase(portllm.Patch.from_tensors(named, config(use_dora=True)), moved(base), base)
+
+
+def test_the_command_rebase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.tensors()
+    patch = str(tiny.write_adapter(tmp_path / "adapter"))
+    old = str(tiny.write_model(tmp_path / "base", base))
+    new = str(tiny.write_model(tmp_path / "evolved", moved(base)))
+    out = tmp_path / "out"
+    assert cli.main(["rebase", patch, new, "--base", old, "-o", str(out), "-q"]) == 0
+    assert str(out) in capsys.readouterr().out
+    found, true = portllm.Patch.load(out), portllm.rebase(patch, new, old)
+    assert all(tiny.same_bits(found.tensors[key], true.tensors[key]) for key in true.tensors)
+    assert cli.main(["check", str(out), new]) == 0
+    assert "the base that the patch was made on" in capsys.readouterr().out
+    assert cli.main(["rebase", patch, new, "--base", old, "-o", str(out), "-q"]) == 2
+    assert "overwrite" in capsys.readouterr().err
+
+
 # -- the example and the experiment ----------------------------------------------------------------------------------
 
 

@@ -52,12 +52,6 @@ def without_inputs(module: str, b: Tensor, a: Tensor, movement: Tensor) -> Facto
     return b @ (a @ V) - movement @ V, V.T
 
 
-def without_outputs(module: str, b: Tensor, a: Tensor, movement: Tensor) -> Factors:
-    """Delta - U U^T D: all that the patch writes is as the base's."""
-    U = torch.linalg.qr(b)[0]
-    return U, (U.T @ b) @ a - U.T @ movement
-
-
 def projected(change: Callable[..., Factors]) -> Remedy:
     return lambda patch, base, evolved: _each(patch, base, evolved, change)
 
@@ -71,5 +65,6 @@ REMEDIES: dict[str, Remedy] = {
     "feed-forward 1.3": scaled(1.0, 1.3),
     "no movement in both spaces": projected(without_core),
     "no movement in the inputs": projected(without_inputs),
-    "no movement in the outputs": projected(without_outputs),
+    # Delta - U U^T D: into the outputs that the patch writes goes what went there on the base.
+    "no movement in the outputs": lambda patch, base, evolved: portllm.rebase(patch, evolved, base, stamp=False),
 }
