@@ -86,19 +86,25 @@ def run_worlds(kinds: list[str], seeds: int, settings: experiment.Settings, work
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """JSON with a line for each record, and the plot beside it if matplotlib is there."""
-    head = {key: value for key, value in result.items() if key != "worlds"}
+    """JSON with a line for each record, and the plot beside it if matplotlib is there.
+
+    A record's scores and remedies are lists there, in the order of the names in the head.
+    """
+    flat = report.flatten(result["worlds"])
+    named = {key: list(next(r[key] for r in flat if key in r)) for key in ("scores", "remedies")}
+    head = {key: value for key, value in result.items() if key != "worlds"} | named
     lines = [json.dumps(_rounded(head), indent=1, ensure_ascii=False)[:-2] + ',\n "worlds": [']
     for i, world in enumerate(result["worlds"]):
         start = {key: value for key, value in world.items() if key != "records"}
-        records = ",\n".join("   " + json.dumps(_rounded(r), ensure_ascii=False) for r in world["records"])
+        lists = ({k: list(v.values()) if k in named else v for k, v in r.items()} for r in world["records"])
+        records = ",\n".join("   " + json.dumps(_rounded(r), ensure_ascii=False) for r in lists)
         opening = json.dumps(_rounded(start), ensure_ascii=False)[:-1]
         lines.append(f'  {opening}, "records": [\n{records}\n  ]}}' + ("," if i + 1 < len(result["worlds"]) else ""))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join([*lines, " ]\n}\n"]), encoding="utf-8")
     print(out)
     try:
-        for file in report.plot(report.flatten(result["worlds"]), out.with_suffix("")):
+        for file in report.plot(flat, out.with_suffix("")):
             print(file)
     except ImportError:
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
