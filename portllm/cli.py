@@ -349,8 +349,8 @@ def _print_drift(drift: Drift, arguments: argparse.Namespace) -> None:
     """The movement D from the base W: by kind of weight, and what it says of the patch Δ."""
     from .movement import Movement
 
-    print(f"\nfrom the base {arguments.base}, D = W'-W:")
-    rows = [("weights", "|D|/|W|", "|D|₄/|W|₄", "in inputs", "in outputs", "cos(D,Δ)", "|D in Δ's|/|Δ|", "outlook")]
+    print(f"\nfrom the base {arguments.base}, D = W'-W (V: the inputs that the patch reads):")
+    rows = [("weights", "|D|/|W|", "|DV|/|WV|", "in inputs", "in outputs", "cos(D,Δ)", "|D in Δ's|/|Δ|", "outlook")]
     kinds = _groups(drift.weights, lambda w: w.source, arguments.all)
     totals = {kind: Movement.total(w.movement for w in group) for kind, group in kinds.items()}
     for kind, m in [*totals.items(), ("all", drift.total)]:
@@ -361,7 +361,7 @@ def _print_drift(drift: Drift, arguments: argparse.Namespace) -> None:
         {
             "base": "fits; the model has the same values as the base",
             "evolved": f"fits; the model has evolved from the base; skill {drift.total.outlook} "
-            f"(score |D|₄/|W|₄ {drift.total.score:.2%}; the scale is from tiny models)",
+            f"(score |DV|/|WV| {drift.total.score:.2%}; the scale is from tiny models)",
             "unrelated": "fits by name and shape, but the weights have nothing in common with the base: "
             "do not expect the patch's skill to carry over",
         }[drift.verdict]

@@ -32,7 +32,7 @@ _RATIOS = (
     "interference",
 )  # fmt: skip
 # Scores from which on a part, or most, of the skill was lost in benchmarks/portability (means; tasks differ much).
-_BOUNDS = (0.2, 0.6)
+_BOUNDS = (0.1, 0.3)
 _OUTLOOKS = ("likely to carry", "partly at risk", "likely lost")
 _PROBES = 16  # random vectors for the estimate of fourth powers: within about 10 % of the root for one direction
 
@@ -109,11 +109,11 @@ class Movement:
 
     @property
     def score(self) -> float:
-        """||D||_4 / ||W||_4 (Schatten norms): the distance, in which a few strong directions weigh most.
+        """||D V|| / ||W V||: by how much the weight now treats the inputs that the patch reads otherwise.
 
-        Of the data-free scores tried in benchmarks/portability, this one ranked evolutions best by the skill lost.
+        Of the data-free scores tried in benchmarks/portability, this one ranked best by the skill lost.
         """
-        return _root(math.sqrt(self.moved_fourth), math.sqrt(self.base_fourth))
+        return _root(self.inputs, self.read)
 
     @property
     def outlook(self) -> str:

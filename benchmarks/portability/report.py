@@ -11,6 +11,7 @@ from .scores import spearman
 
 Records = list[dict[str, Any]]
 CHAINS = ("full", "LoRA")
+RANKINGS = ("all", "chains", "patch", "within", "evolutions")
 LOST = 0.9  # what keeps less of its skill than this is what a remedy is for
 
 
@@ -46,25 +47,40 @@ def by_evolution(records: Records) -> list[dict[str, Any]]:
 
 
 def ranking(records: Records) -> list[dict[str, Any]]:
-    """How each score ranks the skill kept (Spearman; -1 were perfect), best first by the mean of the three figures.
+    """How each score ranks the skill kept (Spearman; -1 were perfect), best first by the sum of the figures.
 
-    ``all``: every record. ``chains``: those of the two chains. ``within``: each chain of one model, seed and task by
-    itself, and the mean of these; what has kept the same skill throughout has no ranks and is left out.
+    ``all``: every record. ``chains``: those of the two chains. ``patch``: the evolutions of each model, seed and task
+    by themselves, and the mean of these; ``within``: each of its chains by itself, likewise. ``evolutions``: means over
+    all models, seeds and tasks. What has kept the same skill throughout has no ranks and is left out.
     """
-    rows = []
     chained = [record for record in records if record["evolution"].split()[0] in CHAINS]
-    groups: dict[tuple[Any, ...], Records] = {}
-    for r in chained:
-        groups.setdefault((r["model"], r["seed"], r["task"], r["evolution"].split()[0]), []).append(r)
+
+    def groups(some: Records, key: Callable[[dict[str, Any]], Any]) -> list[Records]:
+        found: dict[Any, Records] = {}
+        for record in some:
+            found.setdefault(key(record), []).append(record)
+        return list(found.values())
+
+    patches = groups(records, lambda r: (r["model"], r["seed"], r["task"]))
+    chains = groups(chained, lambda r: (r["model"], r["seed"], r["task"], r["evolution"].split()[0]))
+    evolutions = groups(records, lambda r: r["evolution"])
+    rows = []
     for name in records[0]["scores"]:
 
         def rank(some: Records, name: str = name) -> float:
             return spearman([r["scores"][name] for r in some], [r["kept"] for r in some])
 
-        each = [value for value in map(rank, groups.values()) if value == value]
-        within = statistics.fmean(each) if each else float("nan")
-        rows.append({"score": name, "all": rank(records), "chains": rank(chained), "within": within})
-    return sorted(rows, key=lambda row: row["all"] + row["chains"] + row["within"])
+        def mean(parts: list[Records], rank: Callable[[Records], float] = rank) -> float:
+            values = [value for value in map(rank, parts) if value == value]
+            return statistics.fmean(values) if values else float("nan")
+
+        means = [
+            [statistics.fmean(value) for value in zip(*((r["scores"][name], r["kept"]) for r in some), strict=True)]
+            for some in evolutions
+        ]
+        figures = {"all": rank(records), "chains": rank(chained), "patch": mean(patches), "within": mean(chains)}
+        rows.append({"score": name, **figures, "evolutions": spearman(*zip(*means, strict=True))})
+    return sorted(rows, key=lambda row: sum(row[key] for key in RANKINGS))
 
 
 def remedies(records: Records) -> list[dict[str, Any]]:
@@ -134,8 +150,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         for evolution in next(iter(columns.values())):
             rows.append((evolution, *(_percent(column[evolution]) for column in columns.values())))
         _table(f"Skill kept by {what}", rows)
-    rows = [("score", "all", "chains", "within a chain")]
-    rows += [(r["score"], f"{r['all']:+.2f}", f"{r['chains']:+.2f}", f"{r['within']:+.2f}") for r in summary["ranking"]]
+    rows = [("score", "all", "the chains", "each patch", "each chain", "evolutions")]
+    rows += [(row["score"], *(f"{row[key]:+.2f}" for key in RANKINGS)) for row in summary["ranking"]]
     _table("Spearman rank correlation of each score with the skill kept (-1 were perfect)", rows)
     rows = [("remedy", "lost", "better in", "not lost", "better in")]
     for row in summary["remedies"]:
@@ -171,8 +187,10 @@ def plot(records: Records, place: Path) -> list[Path]:
         if row["evolution"].split()[0] not in CHAINS:
             x, y = 100 * row["moved"][0], 100 * row["kept"][0]
             axes.errorbar(x, y, 100 * row["kept"][1], marker="s", markersize=4, capsize=2, color="#777777")
-            axes.annotate(row["evolution"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(row["evolution"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(right=4 * axes.get_xlim()[1])  # room for the names
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("distance evolved, |θ'-θ| / |θ| of the linear layers, %")
     axes.set_ylabel("skill kept, %")
     axes.axhline(0, color="#bbbbbb", linewidth=0.8)
