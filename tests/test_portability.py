@@ -279,7 +279,7 @@ def test_rebase_onto_a_fused_layout_and_back() -> None:
             torch.testing.assert_close(a.lora_B @ a.lora_A, b.lora_B @ b.lora_A, rtol=1e-4, atol=1e-4)
 
 
-def test_rebase_refuses_dora_and_experts() -> None:
+def test_rebase_refuses_dora() -> None:
     base = tiny.tensors(FP32)
     named = tiny.factors() | {
         f"base_model.model.{module}.lora_magnitude_vector": torch.ones(tiny.OUT) for module in tiny.MODULES
