@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CODE := portllm kernels tests benchmarks examples setup.py
 
-.PHONY: help demo test sanitize bench lint format types build clean
+.PHONY: help demo test sanitize bench portability lint format types build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ sanitize: $(VENV)/installed  ## run the op's tests under AddressSanitizer and UB
 
 bench: $(VENV)/installed  ## run the benchmarks
 	@set -e; for file in $(wildcard benchmarks/bench_*.py); do echo $$file; $(PY) $$file $(ARGS); done
+
+portability: $(VENV)/installed  ## measure how long patches last on evolving models (a quarter of an hour)
+	$(PY) -m benchmarks.portability $(ARGS)
 
 lint: $(VENV)/installed  ## check style and format
 	$(PY) -m ruff check $(wildcard $(CODE))

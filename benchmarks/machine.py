@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from datetime import date
 from importlib import metadata
 from typing import Any
@@ -25,6 +26,13 @@ def describe() -> dict[str, Any]:
         "backends": {name: reason or "ready" for name, reason in facts["backends"].items()},
         "versions": facts["versions"] | {"accelerate": _version("accelerate")},
     }
+
+
+def label() -> str:
+    """A short name for results files, such as epyc-2c: the CPU's name without maker and trade marks, and cores."""
+    cpu = (_line("/proc/cpuinfo", "model name") or platform.processor() or "cpu").split("@")[0].lower()
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|amd|intel|\d+-core|processor|cpu$", " ", cpu))
+    return "-".join([*(words or ["cpu"]), f"{torch.get_num_threads()}c"])
 
 
 def _line(path: str, key: str) -> str | None:

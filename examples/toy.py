@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from tqdm import tqdm
+from training import IGNORE, Batch, fit, loss
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
 Facts = dict[str, list[str]]
-Batch = tuple[Tensor, Tensor]  # token ids and labels, [rows, tokens]; a label of IGNORE is not learned
 
-IGNORE = -100
 ROW = 32  # tokens in a row of text
 ROWS = 32  # rows in a batch, of text or of questions
 SIGNS = [".", ",", ";", "?", "!", "Q", "A", "the", "a", "then", "so", "was", "by", "but", "is"]
@@ -64,21 +61,33 @@ class World:
         rng = random.Random(seed)
         syllables = [c + v for c in "kvtmzl" for v in "aeiou"]
         words = rng.sample([x + y for x in syllables for y in syllables], 96)
-        self.nouns, adjectives, verbs = words[:32], words[32:64], words[64:]
+        self.nouns, self.adjectives, self.verbs = words[:32], words[32:64], words[64:]
         self.vocabulary = [*SIGNS, *words]
         self._ids = {word: i for i, word in enumerate(self.vocabulary)}
 
         def facts(subjects: list[str], values: list[str]) -> Facts:
             return {subject: rng.sample(values, 3) for subject in subjects}
 
-        def revised(old: Facts, values: list[str]) -> Facts:
-            # B keeps about 60 % of what A says and contradicts the rest.
-            return {k: v if rng.random() < 0.6 else rng.sample(values, 3) for k, v in old.items()}
+        self.a = Book(
+            facts(self.nouns, self.adjectives),
+            facts(self.nouns, self.verbs),
+            facts(self.verbs, self.nouns),
+            has_news=False,
+        )
+        self.b = self.revised(self.a, 0.6, rng)
 
-        a = facts(self.nouns, adjectives), facts(self.nouns, verbs), facts(verbs, self.nouns)
-        self.a = Book(*a, has_news=False)
-        b = revised(a[0], adjectives), revised(a[1], verbs), revised(a[2], self.nouns)
-        self.b = Book(*b, has_news=True)
+    def revised(self, book: Book, kept: float, rng: random.Random) -> Book:
+        """A book that keeps about the share ``kept`` of what ``book`` says, contradicts the rest, and has news."""
+
+        def revise(old: Facts, values: list[str]) -> Facts:
+            return {k: v if rng.random() < kept else rng.sample(values, 3) for k, v in old.items()}
+
+        return Book(
+            revise(book.adjectives, self.adjectives),
+            revise(book.verbs, self.verbs),
+            revise(book.objects, self.nouns),
+            has_news=True,
+        )
 
     def encode(self, text: str) -> list[int]:
         return [self._ids[word] for word in text.split()]
@@ -157,7 +166,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def pretrain(model: nn.Module, world: World, steps: int) -> None:
     rng = random.Random(f"{world.seed} base")
-    _train(model, (_all_learned(world.prose(world.a, ROWS, rng)) for _ in range(steps)), steps, 3e-3, "base")
+    fit(model, (_all_learned(world.prose(world.a, ROWS, rng)) for _ in range(steps)), steps, 3e-3, "base")
 
 
 def evolve(
@@ -171,7 +180,7 @@ def evolve(
     """Go on pretraining all weights on B; calls ``each`` after every step."""
     rng = random.Random(f"{world.seed} evolution")
     batches = (_all_learned(world.new_text(rng, replay)) for _ in range(steps))
-    _train(model, batches, steps, rate, "evolution", each)
+    fit(model, batches, steps, rate, "evolution", each)
 
 
 def learn_patch(model: nn.Module, world: World, steps: int, seed: int = 0) -> PeftModel:
@@ -180,7 +189,7 @@ def learn_patch(model: nn.Module, world: World, steps: int, seed: int = 0) -> Pe
     config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config)
     rng = random.Random(f"{world.seed} task {seed}")
-    _train(tuned, (world.questions(ROWS, rng) for _ in range(steps)), steps, 4e-3, "patch")
+    fit(tuned, (world.questions(ROWS, rng) for _ in range(steps)), steps, 4e-3, "patch")
     return tuned
 
 
@@ -194,41 +203,9 @@ def score(model: nn.Module, world: World) -> Score:
     losses = []
     for book in (world.a, world.b):
         text = world.prose(book, 128, random.Random(f"{world.seed} held out"))
-        losses.append(_loss(model, (text, text)).item())
+        losses.append(loss(model, (text, text)).item())
     return Score(is_right.all(1).double().mean().item(), *losses)
 
 
 def _all_learned(ids: Tensor) -> Batch:
     return ids, ids
-
-
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    ids, labels = batch
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-def _train(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    steps: int,
-    rate: float,
-    name: str,
-    each: Callable[[int], Any] = lambda step: None,
-) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    model.train()
-    bar = tqdm(batches, name, total=steps, unit="step", disable=None, leave=False, ncols=79)
-    for step, batch in enumerate(bar, start=1):
-        loss = _loss(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-        each(step)
-    model.eval()

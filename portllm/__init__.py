@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from .live import apply as apply
     from .live import plan as plan
     from .live import remove as remove
+    from .movement import Drift as Drift
+    from .movement import drift as drift
     from .ops import lowrank_add_ as lowrank_add_
     from .patch import Patch as Patch
     from .planning import Plan as Plan
+    from .rebasing import rebase as rebase
     from .undo import Exact as Exact
     from .undo import applied as applied
     from .undo import swap as swap
@@ -46,6 +49,7 @@ _HOMES = {
     "BackendError": "errors",
     "CheckpointError": "errors",
     "Combined": "algebra",
+    "Drift": "movement",
     "Exact": "undo",
     "Extraction": "extraction",
     "Patch": "patch",
@@ -61,10 +65,12 @@ _HOMES = {
     "apply_checkpoint": "checkpoint",
     "cast": "algebra",
     "combine": "algebra",
+    "drift": "movement",
     "extract": "extraction",
     "lowrank_add_": "ops",
     "negate": "algebra",
     "plan": "live",
+    "rebase": "rebasing",
     "remove": "live",
     "scale": "algebra",
     "stamp": "fingerprint",

@@ -18,12 +18,13 @@ from .errors import PortllmError
 if TYPE_CHECKING:
     import torch
 
+    from .movement import Drift
     from .patch import Patch
 
 _EPILOG = """\
 examples:
   portllm inspect ./adapter
-  portllm check ./adapter ./evolved-model
+  portllm check ./adapter ./evolved-model --base ./base-model
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
@@ -81,8 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "check", _check, "will a patch fit a model, how large is it, is the model its base?")
     command.add_argument("patch", metavar="PATCH")
     _model_argument(command)
+    command.add_argument(
+        "--base", help="the patch's base, to measure how MODEL has moved from it: will the skill carry?"
+    )
+    command.add_argument("--device", default="cpu", help="where to measure (--base)")
     _binding_arguments(command)
     command.add_argument("--all", action="store_true", help="a line for each weight, not for each kind")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
     command = _command(commands, "combine", _combine, "make one patch of several, or of one at another strength")
     _patches_argument(command)
@@ -106,6 +112,18 @@ def _parser() -> argparse.ArgumentParser:
     _setting_argument(command)
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.add_argument("--all", action="store_true", help="a line for each module, not for each kind")
+
+    command = _command(commands, "rebase", _rebase, "fit a patch to an evolved model that takes some of its skill")
+    command.add_argument("patch", metavar="PATCH")
+    _model_argument(command)
+    command.add_argument("--base", required=True, help="the model that the patch was made on")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, help="the new patch; must not exist (see --overwrite)"
+    )
+    command.add_argument("--device", default="cpu", help="where to compute")
+    _binding_arguments(command)
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
     command = _command(commands, "inspect", _inspect, "what is in a patch?")
     command.add_argument("patch", metavar="PATCH")
@@ -274,9 +292,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
     checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments))
     result = check_weights(patch, plan, cached(checkpoint.read))
+    drift = None if arguments.base is None else _drift(patch, arguments)
     if arguments.json:
         weights = [vars(w) | {"relative": w.relative} for w in result.weights]
-        _print_json({"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()})
+        facts = {"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()}
+        _print_json(facts if drift is None else facts | {"drift": drift.as_dict()})
         return 0
     rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "moved from base")]
     for kind, group in _groups(result.weights, lambda w: w.source, arguments.all).items():
@@ -297,6 +317,9 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"replaces {assign.name} {list(assign.value.shape)}")
     _print_warnings(plan.warnings)
     base = f" ({result.base})" if result.base else ""
+    if drift is not None:
+        _print_drift(drift, arguments)
+        return 0
     print(
         {
             "base": f"fits; the model is the base that the patch was made on{base}, bit for bit",
@@ -307,6 +330,42 @@ def _check(arguments: argparse.Namespace) -> int:
         }[result.verdict]
     )
     return 0
+
+
+def _drift(patch: Patch, arguments: argparse.Namespace) -> Drift:
+    from .movement import drift
+
+    return drift(
+        patch,
+        arguments.model,
+        arguments.base,
+        **_binding(arguments),
+        device=arguments.device,
+        progress=not (arguments.quiet or arguments.json),
+    )
+
+
+def _print_drift(drift: Drift, arguments: argparse.Namespace) -> None:
+    """The movement D from the base W: by kind of weight, and what it says of the patch Δ."""
+    from .movement import Movement
+
+    print(f"\nfrom the base {arguments.base}, D = W'-W (V: the inputs that the patch reads):")
+    rows = [("weights", "|D|/|W|", "|DV|/|WV|", "in inputs", "in outputs", "cos(D,Δ)", "|D in Δ's|/|Δ|", "outlook")]
+    kinds = _groups(drift.weights, lambda w: w.source, arguments.all)
+    totals = {kind: Movement.total(w.movement for w in group) for kind, group in kinds.items()}
+    for kind, m in [*totals.items(), ("all", drift.total)]:
+        shares = f"{m.distance:.2%}", f"{m.score:.2%}", f"{m.input_share:.2%}", f"{m.output_share:.2%}"
+        rows.append((kind, *shares, f"{m.cosine:+.3f}", f"{m.interference:.2f}", m.outlook))
+    _print_table(rows)
+    print(
+        {
+            "base": "fits; the model has the same values as the base",
+            "evolved": f"fits; the model has evolved from the base; skill {drift.total.outlook} "
+            f"(score |DV|/|WV| {drift.total.score:.2%}; the scale is from tiny models)",
+            "unrelated": "fits by name and shape, but the weights have nothing in common with the base: "
+            "do not expect the patch's skill to carry over",
+        }[drift.verdict]
+    )
 
 
 def _combine(arguments: argparse.Namespace) -> int:
@@ -344,6 +403,29 @@ def _combine(arguments: argparse.Namespace) -> int:
     numbers = _numbers(patch)
     print(f"{arguments.method} of {len(pairs)}: {numbers['parameters']:,} numbers in {', '.join(numbers['dtypes'])}")
     print(arguments.out)
+    return 0
+
+
+def _rebase(arguments: argparse.Namespace) -> int:
+    patch = _load(arguments.patch, arguments)
+    from .files import check_destination
+    from .rebasing import rebase
+
+    inputs = [Path(arguments.patch), Path(arguments.model), Path(arguments.base)]
+    check_destination(arguments.out, inputs, arguments.overwrite, sum(t.nbytes for t in patch.tensors.values()))
+    made = rebase(
+        patch,
+        arguments.model,
+        arguments.base,
+        **_binding(arguments),
+        device=arguments.device,
+        progress=not (arguments.quiet or arguments.json),
+    )
+    _save(made, arguments)
+    if arguments.json:
+        _print_json({"out": str(arguments.out), **_numbers(made)})
+    else:
+        print(f"{arguments.out}: {arguments.patch}, rebased from {arguments.base} to {arguments.model}")
     return 0
 
 

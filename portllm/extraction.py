@@ -16,21 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .bind import Target
 from .config import AdapterConfig, ranks_and_alphas
 from .errors import PlanError, PortllmError
 from .fingerprint import stamp as stamp_patch
-from .live import Live, live_target
 from .patch import KEY_PREFIX, Patch
 from .planning import some
 from .progress import Progress
+from .readable import Model, ReadableModel
 from .reference import FLOAT_DTYPES, row_blocks
-from .shards import Checkpoint
 from .skinny import frobenius
 from .svd import Leading, Workspace, leading, residual
 
 Rest = Literal["error", "ignore", "save"]
-Model = Live | str | os.PathLike[str]
 
 # Matrices that are looked up, not multiplied by.
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias)(\.|$)")
@@ -117,7 +114,7 @@ def extract(
         CheckpointError, PortllmError: a model cannot be read, or the arguments do not fit together.
     """
     _check_arguments(rank, energy, budget, max_rank, rest, dtype)
-    old, new = _Model.open(base, "base"), _Model.open(tuned, "tuned")
+    old, new = ReadableModel.open(base, "base"), ReadableModel.open(tuned, "tuned")
     linear, others = _pair(old, new, target_modules)
     changed = [name for name in others if not _same(old, new, name)]
     if changed and rest == "error":
@@ -174,37 +171,7 @@ def _check_arguments(
         raise PortllmError(f"dtype={dtype} must be bfloat16, float16 or float32")
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model to read from, on disk or in memory."""
-
-    label: str
-    target: Target
-    checkpoint: Checkpoint | None
-
-    @classmethod
-    def open(cls, model: Model, role: str) -> _Model:
-        if isinstance(model, str | os.PathLike):
-            checkpoint = Checkpoint.find(model)
-            return cls(str(model), checkpoint.target(), checkpoint)
-        name = getattr(getattr(model, "config", None), "name_or_path", None)
-        return cls(str(name or f"the {role} model"), live_target(model), None)
-
-    def read(self, name: str) -> Tensor:
-        return self.target.tensors[name].detach() if self.checkpoint is None else self.checkpoint.read(name)
-
-    def files(self) -> list[tuple[str, int, int]]:
-        """What tells these files from others, and from what they were before."""
-        if self.checkpoint is None:
-            raise PortllmError(f"work is for models on disk; {self.label} is in memory, and could have changed since")
-        stats = [(shard.path, shard.path.stat()) for shard in self.checkpoint.shards]
-        return [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-    def nbytes(self, name: str) -> int:
-        return self.target.tensors[name].nbytes
-
-
-def _pair(old: _Model, new: _Model, target_modules: str | Sequence[str]) -> tuple[list[str], list[str]]:
+def _pair(old: ReadableModel, new: ReadableModel, target_modules: str | Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the weights that can have factors, and of all other tensors."""
     names = set(old.target.tensors), set(new.target.tensors)
     lacking = [(new, names[0] - names[1]), (old, names[1] - names[0])]
@@ -233,7 +200,7 @@ def _pair(old: _Model, new: _Model, target_modules: str | Sequence[str]) -> tupl
     return linear, others
 
 
-def _same(old: _Model, new: _Model, name: str) -> bool:
+def _same(old: ReadableModel, new: ReadableModel, name: str) -> bool:
     a, b = old.target.tensors[name], new.target.tensors[name]
     if a.shape != b.shape:
         return False
@@ -267,8 +234,8 @@ class _Found:
 
 
 def _decompose(
-    old: _Model,
-    new: _Model,
+    old: ReadableModel,
+    new: ReadableModel,
     name: str,
     rank: int | None,
     energy: float | None,
@@ -332,8 +299,8 @@ def _spend(found: Mapping[str, _Found], budget: int) -> dict[str, int]:
 
 
 def _as_patch(
-    old: _Model,
-    new: _Model,
+    old: ReadableModel,
+    new: ReadableModel,
     found: Mapping[str, _Found],
     ranks: Mapping[str, int],
     saved: Sequence[str],
@@ -363,7 +330,7 @@ def _as_patch(
 
 
 def _whole(
-    new: _Model, saved: Sequence[str], modules: Mapping[str, int], tensors: dict[str, Tensor]
+    new: ReadableModel, saved: Sequence[str], modules: Mapping[str, int], tensors: dict[str, Tensor]
 ) -> tuple[list[str], bool]:
     """Put whole tensors among ``tensors``; returns modules_to_save, and whether there are biases of patched modules."""
     to_save: dict[str, None] = {}

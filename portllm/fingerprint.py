@@ -124,7 +124,7 @@ def check_weights(patch: Patch, plan: Plan, read: Read) -> Check:
     """
     fingerprint = Fingerprint.from_patch(patch)
     results = []
-    for source, updates in _by_source(plan).items():
+    for source, updates in by_source(plan).items():
         delta = weight = 0.0
         for update in updates:
             d, w = update_norms(update, read(update.name))
@@ -142,7 +142,7 @@ def check_weights(patch: Patch, plan: Plan, read: Read) -> Check:
 
 def fingerprint(plan: Plan, read: Read, name: str | None) -> Fingerprint:
     """The fingerprint of the weights that a plan changes."""
-    return Fingerprint(name, {source: _print(updates, read) for source, updates in _by_source(plan).items()})
+    return Fingerprint(name, {source: _print(updates, read) for source, updates in by_source(plan).items()})
 
 
 def stamp(patch: Patch | str | os.PathLike[str], base: Live | str | os.PathLike[str]) -> Patch:
@@ -181,7 +181,8 @@ def cached(read: Read) -> Read:
     return reader
 
 
-def _by_source(plan: Plan) -> dict[str, list[Update]]:
+def by_source(plan: Plan) -> dict[str, list[Update]]:
+    """The updates of each of the patch's modules."""
     groups: dict[str, list[Update]] = {}
     for update in plan.updates:
         groups.setdefault(update.sources[0], []).append(update)
@@ -224,11 +225,15 @@ def _verdict(results: list[WeightCheck]) -> str:
     known = [r for r in results if r.same_as_base is not None]
     if not known:
         return "unknown"
-    if all(r.same_as_base for r in known):
+    return kinship(all(r.same_as_base for r in known), [r.cosine or 0.0 for r in known])
+
+
+def kinship(is_same: bool, cosines: list[float]) -> str:
+    """ "base", "evolved" or "unrelated", from the cosine of each weight with the base's."""
+    if is_same:
         return "base"
-    cosines = sorted(r.cosine or 0.0 for r in known)
     # Weights of separately trained models are as good as orthogonal (cosine about 1/8 at most on 64 samples).
-    return "evolved" if cosines[len(cosines) // 2] > 0.5 else "unrelated"
+    return "evolved" if sorted(cosines)[len(cosines) // 2] > 0.5 else "unrelated"
 
 
 def _pack(samples: tuple[float, ...]) -> bytes:

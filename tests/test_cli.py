@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,7 @@ def test_the_examples_in_the_help_are_commands(
     run: Run, tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "base-model")
     model.rename("evolved-model")
     for name in ("math", "style"):
         write_adapter(Path(name))
