@@ -97,6 +97,12 @@ class Case:
             layer.merge()
             layer.merged_adapters.clear()
 
+    def peft_unmerge(self) -> None:
+        """What ``peft`` merged, taken off by PEFT."""
+        for layer in self._peft:
+            layer.merged_adapters.append("default")
+            layer.unmerge()
+
     def _wrap(self) -> list[Any]:
         for weight, terms in zip(self.weights[:PEFT_WEIGHTS], self.terms, strict=False):
             self._peft.append(peft_layer(weight, *terms[0], SCALING))

@@ -153,8 +153,11 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
     const Kernel& kernel = *weight.kernel;
     // Columns: as many as keep the panel in L2, in panels of equal width.
     const int64_t tiles = ceil_div(weight.cols, kernel.tile_cols);
+    Weight bare = weight;  // without the logs of chunks, which do not grow with the columns
+    bare.old_terms = 0;
+    bare.lengths = nullptr;
     const int64_t fit =
-        std::max<int64_t>(kernel.panel_bytes / kernel.scratch(weight, kernel.tile_cols), 1);
+        std::max<int64_t>(kernel.panel_bytes / kernel.scratch(bare, kernel.tile_cols), 1);
     const int64_t panel_tiles = ceil_div(tiles, ceil_div(tiles, fit));
     Grid grid;
     grid.panel_cols = panel_tiles * kernel.tile_cols;
