@@ -165,3 +165,23 @@ def test_broken_records_are_refused(backend: str) -> None:
     other = Record(record.lengths, record.data, "another")
     with pytest.raises(BackendError, match="added by another"):
         exchange([weight], [terms], [[]], [other], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_weights_between_small_ones(backend: str) -> None:
+    """Small weights share a piece of work, empty ones have none."""
+    weights = [
+        random_weight(shape, torch.float32) for shape in [(0, 3), (3, 4), (0, 4), (5, 0), (6, 2), (2, 0), (9, 9)]
+    ]
+    terms = [random_terms((w.shape[0], w.shape[1]), 1.0, torch.float32) for w in weights]
+    base = [weight.clone() for weight in weights]
+    expected = [merged(weight, each, backend) for weight, each in zip(weights, terms, strict=True)]
+    records = exchange(weights, [[] for _ in weights], terms, [None] * len(weights), backend)
+    assert all(same_bits(weight, wanted) for weight, wanted in zip(weights, expected, strict=True))
+    exchange(weights, terms, [[] for _ in weights], records, backend)
+    assert all(same_bits(weight, old) for weight, old in zip(weights, base, strict=True))
+    both = [term for each in terms for term in each]
+    ops.lowrank_add_(
+        weights, [a for a, _, _ in both], [b for _, b, _ in both], [s for _, _, s in both], [1] * len(weights), backend
+    )
+    assert all(same_bits(weight, wanted) for weight, wanted in zip(weights, expected, strict=True))

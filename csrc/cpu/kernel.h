@@ -435,6 +435,7 @@ class Exchange {
   void end_rows() {
     for (int i = 0; now_ && i < rows_; ++i) {
       Bytes& row = recorded_.rows[i];
+      if (row.size() == 0) continue;
       std::memcpy(recorded_.bytes.room(row.size()), row.data(), row.size());
       recorded_.bytes.add(row.size());
       row.clear();

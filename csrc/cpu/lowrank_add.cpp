@@ -146,7 +146,8 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
   int64_t room = 0;  // what the last block can still take
   for (const Weight& weight : weights_) {
     if (weight.rows == 0 || weight.cols == 0) {
-      grids_.push_back({0, 0, 0, blocks_, blocks_, places});
+      // Of no strip; in the last block, as those behind it may be.
+      grids_.push_back({0, 0, 0, std::max<int64_t>(blocks_ - 1, 0), blocks_, places});
       continue;
     }
     const int64_t steps = total_steps(weight);
@@ -252,6 +253,7 @@ void Job::copy_recorded(uint8_t* out, int64_t part, int64_t parts) const {
         const uint16_t* lengths = weight.lengths + r * chunks;
         const int64_t start = std::accumulate(lengths, lengths + first, weight.record.starts[r]);
         const int64_t bytes = std::accumulate(lengths + first, lengths + last, int64_t{0});
+        if (bytes == 0) continue;
         std::memcpy(out + start, from, bytes);
         from += bytes;
       }
