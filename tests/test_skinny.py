@@ -101,7 +101,8 @@ def test_every_instruction_set_is_near_the_truth(isa: str) -> None:
 
 @compiled
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(skinny, "_compiled", lambda: True)  # also where the matrix library would be faster
     matrix = torch.randn(700, 1500)
     blocks = torch.randn(1500, 20), torch.randn(700, 20)
     before = torch.get_num_threads()
