@@ -1,7 +1,7 @@
 """Take terms off weights, to the last bit, and add others, for a list of weights, in one pass over their memory.
 
-From top to bottom: the kernels, their variants, one launch, the public functions. What a record is: ``portllm/record.py``.
-Here its chunks are the tiles of the kernel, in 32-bit words, nothing where every bit is ``round(w' - d)``:
+From top to bottom: the kernels, their variants, one launch, the public functions. ``portllm/record.py`` tells what a
+record is. Here its chunks are the tiles of the kernel, in 32-bit words; none if every weight is ``round(w' - d)``:
 
     header       number of members, plus 2^16 x number of strays, plus 2^24 x mode
     each stray   2^16 x its place in the tile + its old bits; two words if the weight has 32 bits
@@ -116,11 +116,14 @@ def words_of(n, BITS: tl.constexpr):
 
 
 @triton.jit
-def dense(m_m, m_n, BM: tl.constexpr, BN: tl.constexpr):
-    """Offsets in a copy of what there is of a tile, and how many elements that is."""
-    n_columns = tl.sum(m_n.to(tl.int32), 0)
-    o_copy = tl.arange(0, BM)[:, None] * n_columns + tl.arange(0, BN)[None, :]
-    return o_copy, tl.sum(m_m.to(tl.int32), 0) * n_columns
+def count(m):
+    return tl.sum(m.to(tl.int32), 0)
+
+
+@triton.jit
+def dense(address, m_n, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Pointers into a copy of what there is of a tile, row by row."""
+    return pointer(address, BITS, False) + (tl.arange(0, BM)[:, None] * count(m_n) + tl.arange(0, BN)[None, :])
 
 
 @triton.jit
@@ -150,11 +153,9 @@ def restore(
         mode = header >> 24 & 3
         n_strays = header >> 16 & 0xFF
         if mode == 2:
-            o_copy, n_copy = dense(m_m, m_n, BM, BN)
-            fits = n_words == 1 + words_of(n_copy, BITS)
+            fits = n_words == 1 + words_of(count(m_m) * count(m_n), BITS)
             if fits:
-                p_copy = pointer(address + 4, BITS, False) + o_copy
-                b_old = as_unsigned(tl.load(p_copy, mask=m_w, other=0), BITS)
+                b_old = as_unsigned(tl.load(dense(address + 4, m_n, BITS, BM, BN), mask=m_w, other=0), BITS)
         else:
             in_word = 3 - mode  # 2^3 codes, or 2^2
             width = 4 << mode
@@ -176,7 +177,7 @@ def restore(
                         b_code = tl.where(b_escape, tl.load(p_escape, mask=b_escape, other=0).to(tl.int32), b_code)
                     b_old = as_unsigned(b_guess + tl.where(b_member, b_code, 0), BITS)
                     b_here = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-                    for i in range(0, n_strays):
+                    for i in range(n_strays):
                         p_stray = p_chunk + 1 + i * STRAY_WORDS
                         stray = tl.load(p_stray)
                         if STRAY_WORDS == 2:
@@ -193,6 +194,7 @@ def record(
     b_sum,
     m_m,
     m_n,
+    p_w,
     p_heap,
     p_start,
     p_length,
@@ -202,7 +204,7 @@ def record(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Write the chunk that brings ``b_old`` back; returns whether there was room for it."""
+    """Write the new bits and the chunk that brings the old ones back, if there is room for it."""
     STRAY_WORDS: tl.constexpr = BITS.primitive_bitwidth // 16
     SIGN: tl.constexpr = 1 << 15
     m_w = m_m[:, None] & m_n[None, :]
@@ -223,8 +225,7 @@ def record(
 
     in_4_bits = (n_members + 7) // 8 + words_of(n_long, BITS)
     in_8_bits = (n_members + 3) // 4 + words_of(n_longer, BITS)
-    o_copy, n_copy = dense(m_m, m_n, BM, BN)
-    copied = 1 + words_of(n_copy, BITS)
+    copied = 1 + words_of(count(m_m) * count(m_n), BITS)
     mode = (in_8_bits < in_4_bits).to(tl.int32)
     n_words = 1 + n_strays * STRAY_WORDS + tl.minimum(in_4_bits, in_8_bits)
     is_copy = (n_strays > MAX_STRAYS) | (n_words > copied)
@@ -235,39 +236,48 @@ def record(
     there_is_room = (n_words == 0) | (taken + n_words <= tl.load(p_heap + 2))
     tl.store(p_length, n_words)
     if there_is_room:
+        tl.store(p_w, b_bits.to(BITS), mask=m_w, eviction_policy="evict_first")
         address = tl.load(p_heap + 1) + 4 * taken
         tl.store(p_start, address)
-        if n_words > 0:
-            p_chunk = pointer(address, tl.int32, False)
-            if is_copy:
-                tl.store(p_chunk, 2 << 24)
-                tl.store(pointer(address + 4, BITS, False) + o_copy, b_old.to(BITS), mask=m_w)
+        p_chunk = pointer(address, tl.int32, False)
+        if is_copy:
+            tl.store(p_chunk, 2 << 24)
+            tl.store(dense(address + 4, m_n, BITS, BM, BN), b_old.to(BITS), mask=m_w)
+        elif n_words > 0:
+            tl.store(p_chunk, n_members | n_strays << 16 | mode << 24)
+            # There are few: one after the other takes less than a scan, and fewer registers.
+            b_here = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            if STRAY_WORDS == 2:
+                b_key = (b_here.to(tl.int64) << 32) | (b_old.to(tl.int64) & 0xFFFFFFFF)
             else:
-                tl.store(p_chunk, n_members | n_strays << 16 | mode << 24)
-                in_word = 3 - mode
-                width = 4 << mode
-                least = 1 << (width - 1)
-                b_escape = b_member & ((b_code <= -least) | (b_code >= least))
-                # Three counts in one scan: members in 13 bits, escapes in 13, strays, of which there are few, in 6.
-                b_place = places(b_member.to(tl.int32) | b_escape.to(tl.int32) << 13 | b_stray.to(tl.int32) << 26)
-                b_here = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-                p_stray = p_chunk + 1 + (b_place >> 26 & MAX_STRAYS) * STRAY_WORDS
+                b_key = b_here << 16 | b_old
+            NO_KEY: tl.constexpr = 1 << 30 if STRAY_WORDS == 1 else 1 << 62
+            b_key = tl.where(b_stray, b_key, NO_KEY)
+            for i in range(n_strays):
+                key = tl.min(tl.min(b_key, 1), 0)
+                b_key = tl.where(b_key == key, NO_KEY, b_key)
+                p_stray = p_chunk + 1 + i * STRAY_WORDS
                 if STRAY_WORDS == 2:
-                    tl.store(p_stray, b_here, mask=b_stray)
-                    tl.store(p_stray + 1, b_old, mask=b_stray)
+                    tl.store(p_stray, (key >> 32).to(tl.int32))
+                    tl.store(p_stray + 1, key.to(tl.int32))
                 else:
-                    tl.store(p_stray, b_here << 16 | b_old, mask=b_stray)
-                at_codes = 1 + n_strays * STRAY_WORDS
-                at_escapes = at_codes + ((n_members + (1 << in_word) - 1) >> in_word)
-                b_index = b_place & 0x1FFF
-                b_field = tl.where(b_escape, least, b_code & (2 * least - 1))
-                b_field = b_field << ((b_index & ((1 << in_word) - 1)) * width)
-                # The scratch is zeros. Each word is put together from several threads' codes.
-                p_word = p_chunk + at_codes + (b_index >> in_word)
-                tl.atomic_or(p_word, b_field, mask=b_member, sem="relaxed")
-                p_escape = pointer(address + 4 * at_escapes, BITS, False) + (b_place >> 13 & 0x1FFF)
+                    tl.store(p_stray, key)
+            in_word = 3 - mode
+            width = 4 << mode
+            least = 1 << (width - 1)
+            at_codes = 1 + n_strays * STRAY_WORDS
+            at_escapes = at_codes + ((n_members + (1 << in_word) - 1) >> in_word)
+            b_escape = b_member & ((b_code <= -least) | (b_code >= least))
+            b_place = places(b_member.to(tl.int32))
+            b_field = tl.where(b_escape, least, b_code & (2 * least - 1))
+            b_field = b_field << ((b_place & ((1 << in_word) - 1)) * width)
+            # The scratch is zeros. Each word is put together from several threads' codes.
+            tl.atomic_or(
+                p_chunk + (at_codes + (b_place >> in_word)).to(tl.int64), b_field, mask=b_member, sem="relaxed"
+            )
+            if at_escapes < n_words:
+                p_escape = pointer(address + 4 * at_escapes, BITS, False) + places(b_escape.to(tl.int32)).to(tl.int64)
                 tl.store(p_escape, b_code.to(BITS), mask=b_escape)
-    return there_is_room
 
 
 @triton.jit(do_not_specialize=["n_weights", "n_tiles"])
@@ -361,12 +371,13 @@ def lowrank_exchange_kernel(
                     b_w = narrow(as_float(b_old, W_DTYPE, BITS) + b_sum, W_DTYPE, INTERPRET)
                     b_bits = as_unsigned(b_w.to(BITS, bitcast=True), BITS)
                     if RECORD:
-                        is_good = record(
+                        record(
                             b_old,
                             b_bits,
                             b_sum,
                             m_m,
                             m_n,
+                            p_w,
                             p_heap,
                             p_starts + i_tile,
                             p_lengths + i_tile,
@@ -376,7 +387,7 @@ def lowrank_exchange_kernel(
                             BM,
                             BN,
                         )
-                if is_good:
+                if not RECORD:
                     tl.store(p_w, b_bits.to(BITS), mask=m_w, eviction_policy="evict_first")
 
 
@@ -476,7 +487,8 @@ class _Pass:
         length = torch.cat(lengths).to(torch.int32) & 0xFFFF
         end = length.cumsum(0)
         # By weight: its last tile, where it lies and how many words it has.
-        table = [[stop - 1, part.data_ptr(), part.nbytes // 4] for stop, part in zip(accumulate(self._counts), data)]
+        stops = accumulate(self._counts)
+        table = [[stop - 1, part.data_ptr(), part.nbytes // 4] for stop, part in zip(stops, data, strict=True)]
         last, address, words = torch.tensor(table, dtype=torch.int64).to(self._device).unbind(1)
         stop = end[last]
         before = torch.cat([stop.new_zeros(1), stop[:-1]])
@@ -535,10 +547,8 @@ class _Pass:
         with _on(self._device):
             gather_kernel[(self._blocks(32),)](*self._made, end, data, self._n_tiles, BLOCK=BLOCK_COPY)
         lengths = self._made.lengths.to(torch.int16).split(self._counts)
-        return [
-            Record(own, data[start:stop].view(torch.uint8), job.new.by)  # type: ignore[union-attr]
-            for own, start, stop, job in zip(lengths, [0, *stops], stops, self.jobs)
-        ]
+        parts = zip(lengths, [0, *stops[:-1]], stops, self.jobs, strict=True)
+        return [Record(own, data[start:stop].view(torch.uint8), job.new.by) for own, start, stop, job in parts]
 
     def undo(self) -> None:
         """Bring the tiles that were done back to the old terms, of which the records still hold."""
