@@ -58,6 +58,8 @@ VERSION = 1
 MAX_STRAYS = tl.constexpr(63)
 # Of the weights' bytes, what is set aside for their records at first: enough for a delta of 5 %.
 SCRATCH_PART = 1 / 32
+# And words for any list of weights, so that small ones do not need a second launch.
+SCRATCH_LEAST = 1 << 14
 # Sums, the weights' old bits and the codes' places live at once.
 REGISTERS = 255
 BLOCK_COPY = 1024
@@ -245,23 +247,6 @@ def record(
             tl.store(dense(address + 4, m_n, BITS, BM, BN), b_old.to(BITS), mask=m_w)
         elif n_words > 0:
             tl.store(p_chunk, n_members | n_strays << 16 | mode << 24)
-            # There are few: one after the other takes less than a scan, and fewer registers.
-            b_here = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-            if STRAY_WORDS == 2:
-                b_key = (b_here.to(tl.int64) << 32) | (b_old.to(tl.int64) & 0xFFFFFFFF)
-            else:
-                b_key = b_here << 16 | b_old
-            NO_KEY: tl.constexpr = 1 << 30 if STRAY_WORDS == 1 else 1 << 62
-            b_key = tl.where(b_stray, b_key, NO_KEY)
-            for i in range(n_strays):
-                key = tl.min(tl.min(b_key, 1), 0)
-                b_key = tl.where(b_key == key, NO_KEY, b_key)
-                p_stray = p_chunk + 1 + i * STRAY_WORDS
-                if STRAY_WORDS == 2:
-                    tl.store(p_stray, (key >> 32).to(tl.int32))
-                    tl.store(p_stray + 1, key.to(tl.int32))
-                else:
-                    tl.store(p_stray, key)
             in_word = 3 - mode
             width = 4 << mode
             least = 1 << (width - 1)
@@ -278,6 +263,22 @@ def record(
             if at_escapes < n_words:
                 p_escape = pointer(address + 4 * at_escapes, BITS, False) + places(b_escape.to(tl.int32)).to(tl.int64)
                 tl.store(p_escape, b_code.to(BITS), mask=b_escape)
+            # There are few: one after the other takes less than a scan, and here, at the end, few registers.
+            b_here = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            if STRAY_WORDS == 2:
+                b_key = (b_here.to(tl.int64) << 32) | (b_old.to(tl.int64) & 0xFFFFFFFF)
+            else:
+                b_key = b_here << 16 | b_old
+            NO_KEY: tl.constexpr = 1 << 30 if STRAY_WORDS == 1 else 1 << 62
+            key = tl.full((), -1, b_key.dtype)
+            for i in range(n_strays):
+                key = tl.min(tl.min(tl.where(b_stray & (b_key > key), b_key, NO_KEY), 1), 0)
+                p_stray = p_chunk + 1 + i * STRAY_WORDS
+                if STRAY_WORDS == 2:
+                    tl.store(p_stray, (key >> 32).to(tl.int32))
+                    tl.store(p_stray + 1, key.to(tl.int32))
+                else:
+                    tl.store(p_stray, key)
 
 
 @triton.jit(do_not_specialize=["n_weights", "n_tiles"])
@@ -472,7 +473,7 @@ class _Pass:
             torch.zeros(self._n_tiles, dtype=torch.int32, device=self._device),
         )
         weight_bytes = sum(job.weight.nbytes for job in jobs)
-        self._set_heap(int(weight_bytes * SCRATCH_PART) // 4 if self._new else 0)
+        self._set_heap(SCRATCH_LEAST + int(weight_bytes * SCRATCH_PART) // 4 if self._new else 0)
 
     def _read(self, records: Sequence[Record | None]) -> _Chunks:
         """Where the chunks lie, with a length of -1 where the lengths do not add up to what there is."""
