@@ -642,7 +642,8 @@ def lowrank_exchange_(
     # Each side's sums are made in its own tiles: where they differ the old terms come off first.
     apart = [job for job in jobs if job.old and job.new and job.old.by != job.new.by]
     first = _passes([job._replace(new=None) for job in apart])
-    recorded = _passes([job._replace(old=None, record=None) if job in apart else job for job in jobs if job.new])
+    bare = {job.index for job in apart}
+    recorded = _passes([job._replace(old=None, record=None) if job.index in bare else job for job in jobs if job.new])
     last = _passes([job for job in jobs if not job.new])
     back = LaunchTable(*_arguments(apart))
     _run(first)

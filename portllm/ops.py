@@ -163,6 +163,7 @@ def _summed_by(
     if backend == "triton":
         from . import kernels
 
+        assert weight is not None
         return kernels.summed_by(weight, _narrowed(lora_A), _narrowed(lora_B))
     if backend == "cpu":
         return "cpu, amx, 1" if _native.isa() == "amx_bf16" else "cpu, fma, 1"
