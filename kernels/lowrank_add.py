@@ -151,6 +151,73 @@ def scaled_term(
     return scaling * b_acc
 
 
+@triton.jit
+def tile_sum(
+    p_terms,
+    p_scalings,
+    i_term,
+    i_term_end,
+    o_m,
+    o_n,
+    m_m,
+    m_n,
+    F_DTYPE: tl.constexpr,
+    F_VECTOR: tl.constexpr,
+    ONE_TERM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The sum of a weight's terms for the tile at rows ``o_m`` and columns ``o_n``: fp32 [BM, BN]."""
+    p_term = p_terms + i_term * COLUMNS
+    p_scaling = p_scalings + i_term
+    if ONE_TERM:  # no second tile of sums beside the one that the term is summed in
+        b_sum = scaled_term(p_term, p_scaling, o_m, o_n, m_m, m_n, F_DTYPE, F_VECTOR, BM, BN, BK, INTERPRET)
+    else:
+        b_sum = tl.zeros([BM, BN], dtype=tl.float32)
+        for _ in range(i_term, i_term_end):
+            b_sum += scaled_term(p_term, p_scaling, o_m, o_n, m_m, m_n, F_DTYPE, F_VECTOR, BM, BN, BK, INTERPRET)
+            p_term += COLUMNS
+            p_scaling += 1
+    return b_sum
+
+
+@triton.jit
+def locate(p_weight, i_tile, DTYPE: tl.constexpr, W_VECTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of a weight: pointers [BM, BN], rows [BM] and columns [BN], and which of them there are."""
+    address_w = tl.load(p_weight)
+    stride_wm = tl.load(p_weight + 1)
+    stride_wn = tl.load(p_weight + 2)
+    m = tl.load(p_weight + 3).to(tl.int32)
+    n = tl.load(p_weight + 4).to(tl.int32)
+    i_tile_end = tl.load(p_weight + 5).to(tl.int32)
+    if W_VECTOR > 1:
+        stride_wm = tl.multiple_of(stride_wm, W_VECTOR)
+        n = tl.multiple_of(n, W_VECTOR)
+        stride_wn = 1
+
+    tiles_n = tl.cdiv(n, BN)
+    i_local = i_tile - (i_tile_end - tl.cdiv(m, BM) * tiles_n)
+    o_m = (i_local // tiles_n) * BM + tl.arange(0, BM)  # [BM]
+    o_n = (i_local % tiles_n) * BN + tl.arange(0, BN)  # [BN]
+    o_w = o_m[:, None] * stride_wm + o_n[None, :] * stride_wn  # int64, as the strides
+    p_w = pointer(address_w, DTYPE, W_VECTOR > 1) + o_w
+    return p_w, o_m, o_n, o_m < m, o_n < n
+
+
+@triton.jit
+def narrow(b_x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 to the nearest, ties to even."""
+    if INTERPRET and DTYPE.is_bf16():  # its conversion would cut the last 16 bits off
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + (0x7FFF + (b_bits >> 16 & 1))) >> 16
+        b_y = tl.where(b_x == b_x, b_bits, 0x7FFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        b_y = b_x.to(DTYPE)
+    return b_y
+
+
 # A variant for n_weights == 1 or a multiple of 16 would be compiled again for nothing.
 @triton.jit(do_not_specialize=["n_weights", "n_tiles"])
 def lowrank_add_kernel(
@@ -172,44 +239,31 @@ def lowrank_add_kernel(
     # The blocks walk side by side along the rows, so that what is in flight shares few A and B, in L2.
     for i_tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         p_weight = p_weights + find_weight(p_weights, n_weights, i_tile) * COLUMNS
-        address_w = tl.load(p_weight)
-        stride_wm = tl.load(p_weight + 1)
-        stride_wn = tl.load(p_weight + 2)
-        m = tl.load(p_weight + 3).to(tl.int32)
-        n = tl.load(p_weight + 4).to(tl.int32)
-        i_tile_end = tl.load(p_weight + 5).to(tl.int32)
         i_term = tl.load(p_weight + 6)
         i_term_end = tl.load(p_weight + 7)
-        if W_VECTOR > 1:
-            stride_wm = tl.multiple_of(stride_wm, W_VECTOR)
-            n = tl.multiple_of(n, W_VECTOR)
-            stride_wn = 1
-
-        tiles_n = tl.cdiv(n, BN)
-        i_local = i_tile - (i_tile_end - tl.cdiv(m, BM) * tiles_n)
-        o_m = (i_local // tiles_n) * BM + tl.arange(0, BM)  # [BM]
-        o_n = (i_local % tiles_n) * BN + tl.arange(0, BN)  # [BN]
-        m_m = o_m < m
-        m_n = o_n < n
+        p_w, o_m, o_n, m_m, m_n = locate(p_weight, i_tile, W_DTYPE, W_VECTOR, BM, BN)
         m_w = m_m[:, None] & m_n[None, :]
-        o_w = o_m[:, None] * stride_wm + o_n[None, :] * stride_wn  # int64, as the strides
-        p_w = pointer(address_w, W_DTYPE, W_VECTOR > 1) + o_w
         # W first: the factors come while it is under way. Used once, it must not push them out of the caches.
         b_w = tl.load(p_w, mask=m_w, other=0.0, eviction_policy="evict_first")  # [BM, BN]
 
-        p_term = p_terms + i_term * COLUMNS
-        p_scaling = p_scalings + i_term
-        if ONE_TERM:  # no second tile of sums beside the one that the term is summed in
-            b_sum = scaled_term(
-                p_term, p_scaling, o_m, o_n, m_m, m_n, F_DTYPE, F_VECTOR, BM, BN, BK, INTERPRET
-            )  # [BM, BN]
-        else:
-            b_sum = tl.zeros([BM, BN], dtype=tl.float32)
-            for _ in range(i_term, i_term_end):
-                b_sum += scaled_term(p_term, p_scaling, o_m, o_n, m_m, m_n, F_DTYPE, F_VECTOR, BM, BN, BK, INTERPRET)
-                p_term += COLUMNS
-                p_scaling += 1
-        b_w = (b_w.to(tl.float32) + b_sum).to(W_DTYPE)
+        b_sum = tile_sum(
+            p_terms,
+            p_scalings,
+            i_term,
+            i_term_end,
+            o_m,
+            o_n,
+            m_m,
+            m_n,
+            F_DTYPE,
+            F_VECTOR,
+            ONE_TERM,
+            BM,
+            BN,
+            BK,
+            INTERPRET,
+        )  # [BM, BN]
+        b_w = narrow(b_w.to(tl.float32) + b_sum, W_DTYPE, INTERPRET)
         tl.store(p_w, b_w, mask=m_w, eviction_policy="evict_first")
 
 

@@ -94,7 +94,7 @@ def lowrank_exchange_(
         n_old: how many terms are taken off each weight: exactly those that its record is of, in their order.
         n_new: how many are added.
         records: of each weight what an earlier call returned for it; None where n_old is 0.
-        backend: "auto", or one of ``BACKENDS``; "cpu" and "torch" keep records, others leave it to "torch".
+        backend: "auto", or one of ``BACKENDS``; all but "cuda" keep records, which leaves it to "torch".
 
     Returns:
         The record of the new terms of each weight; None where there are none.
@@ -107,34 +107,38 @@ def lowrank_exchange_(
     """
     n_terms = [old + new for old, new in zip(n_old, n_new, strict=True)]
     _check(weights, lora_A, lora_B, scalings, n_terms)
-    chosen = {kind: name if name == "cpu" else "torch" for kind, name in backends_for(weights, backend).items()}
+    chosen = {kind: "torch" if name == "cuda" else name for kind, name in backends_for(weights, backend).items()}
     names = [chosen[weight.device, weight.dtype] for weight in weights]
-    by = {name: _summed_by(name) for name in {*names}}
+    starts = [0, *accumulate(n_terms)]
     for i, (record, old) in enumerate(zip(records, n_old, strict=True)):
         if (record is None) != (old == 0):
             raise ValueError(f"lowrank_exchange_: weights[{i}] has {old} old terms and {record}")
-        if record is not None and record.by != by[names[i]]:
-            raise BackendError(
-                f"the terms of weights[{i}] were added by {record.by} and can be taken off by nothing else, which is "
-                f"not what runs here ({by[names[i]]}); see PORTLLM_BACKEND and PORTLLM_CPU_ISA"
-            )
-    starts = [0, *accumulate(n_terms)]
+        if record is not None:
+            terms = slice(starts[i], starts[i] + old)
+            by = _summed_by(names[i], weights[i], lora_A[terms], lora_B[terms])
+            if record.by != by:
+                raise BackendError(
+                    f"the terms of weights[{i}] were added by {record.by} and can be taken off by nothing else, which "
+                    f"is not what runs here ({by}); see PORTLLM_BACKEND and PORTLLM_CPU_ISA"
+                )
     made: list[Record | None] = [None] * len(weights)
     torch.autograd.graph.increment_version(weights)
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        native = [i for i, name in enumerate(names) if name == "cpu"]
-        if native:
-            terms = [t for i in native for t in range(starts[i], starts[i + 1])]
-            made_there = _exchange_cpu(
-                [weights[i] for i in native],
-                [lora_A[t] for t in terms],
-                [lora_B[t] for t in terms],
-                [scalings[t] for t in terms],
-                [n_old[i] for i in native],
-                [n_new[i] for i in native],
-                [records[i] for i in native],
+        for native, exchange in (("cpu", _exchange_cpu), ("triton", _exchange_triton)):
+            own = [i for i, name in enumerate(names) if name == native]
+            if not own:
+                continue
+            flat = [t for i in own for t in range(starts[i], starts[i + 1])]
+            made_there = exchange(
+                [weights[i] for i in own],
+                [lora_A[t] for t in flat],
+                [lora_B[t] for t in flat],
+                [scalings[t] for t in flat],
+                [n_old[i] for i in own],
+                [n_new[i] for i in own],
+                [records[i] for i in own],
             )
-            for i, record in zip(native, made_there, strict=True):
+            for i, record in zip(own, made_there, strict=True):
                 made[i] = record
         for i, name in enumerate(names):
             if name == "torch":
@@ -143,12 +147,24 @@ def lowrank_exchange_(
                     (lora_A[part], lora_B[part], scalings[part])
                     for part in (slice(starts[i], middle), slice(middle, starts[i + 1]))
                 )
-                made[i] = exchange_(weights[i], before, after, records[i], by[name])
+                made[i] = exchange_(weights[i], before, after, records[i], _summed_by(name))
     return made
 
 
-def _summed_by(backend: str) -> str:
-    """Whose sums a record is of: only the same ones, to the last bit, can be taken off again."""
+def _summed_by(
+    backend: str, weight: Tensor | None = None, lora_A: Sequence[Tensor] = (), lora_B: Sequence[Tensor] = ()
+) -> str:
+    """Whose sums a record is of: only the same ones, to the last bit, can be taken off again.
+
+    Args:
+        backend: one of ``BACKENDS``.
+        weight, lora_A, lora_B: only "triton" needs them, whose tiles depend on them.
+    """
+    if backend == "triton":
+        from . import kernels
+
+        assert weight is not None
+        return kernels.summed_by(weight, _narrowed(lora_A), _narrowed(lora_B))
     if backend == "cpu":
         return "cpu, amx, 1" if _native.isa() == "amx_bf16" else "cpu, fma, 1"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -177,6 +193,14 @@ def _exchange_cpu(
         made.append(Record(new_lengths[chunk:chunks], new_data[byte:bytes_], _summed_by("cpu")) if count else None)
         chunk, byte = chunks, bytes_
     return made
+
+
+def _exchange_triton(
+    weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *arguments: Any
+) -> list[Record | None]:
+    from . import kernels
+
+    return kernels.lowrank_exchange_(weights, _narrowed(lora_A), _narrowed(lora_B), *arguments)
 
 
 class Prepared:
@@ -411,9 +435,12 @@ def _triton(
 ) -> None:
     from . import kernels
 
-    # The kernel's sums are fp32, in which an fp64 factor cannot say more than its fp32 rounding.
-    narrow_A, narrow_B = ([f.float() if f.dtype == torch.float64 else f for f in fs] for fs in (lora_A, lora_B))
-    kernels.lowrank_add_(weights, narrow_A, narrow_B, scalings, n_terms)
+    kernels.lowrank_add_(weights, _narrowed(lora_A), _narrowed(lora_B), scalings, n_terms)
+
+
+def _narrowed(factors: Sequence[Tensor]) -> list[Tensor]:
+    """For Triton, whose sums are fp32, in which an fp64 factor cannot say more than its fp32 rounding."""
+    return [factor.float() if factor.dtype == torch.float64 else factor for factor in factors]
 
 
 # Not torch.library.custom_op: its first call imports the compiler stack, a second of start-up.

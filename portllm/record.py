@@ -32,8 +32,8 @@ class Record:
     """What takes the terms off one weight again.
 
     Attributes:
-        lengths: [chunks] int16 (as unsigned): the bytes of each chunk.
-        data: [bytes] uint8: the chunks.
+        lengths: [chunks] int16 (as unsigned): the bytes of each chunk (Triton's: the words of 32 bits).
+        data: [bytes] uint8: the chunks (Triton's: as ``kernels/lowrank_exchange.py`` has them).
         by: who summed the terms; only the same sums can be taken off (see ``portllm.ops.summed_by``).
     """
 
