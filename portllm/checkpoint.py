@@ -10,7 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from .errors import CheckpointError, PlanError
 from .execute import execute
 from .files import check_destination, copy_range, fsync, named_errors, read_exactly, whole_or_absent, write_all
 from .live import Patches, as_patches
-from .planning import Assign, Plan, Region, Update
+from .pieces import TensorPlan, tensor_plans
+from .planning import Plan
 from .progress import Progress
-from .reference import FLOAT_DTYPES, rows_per_block
+from .reference import FLOAT_DTYPES
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
 
 # Rows of a tensor are read, patched and written in pieces of about this many bytes.
@@ -183,12 +184,7 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
         self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._updates: dict[str, list[Update]] = {}
-        self._assigns: dict[str, list[Assign]] = {}
-        for update in plan.updates:
-            self._updates.setdefault(update.name, []).append(update)
-        for assign in plan.assigns:
-            self._assigns.setdefault(assign.name, []).append(assign)
+        self._changes = tensor_plans(plan, {name: self._new_shape(name) for name in plan.tensors})
         self.shards = tuple(self._lay_out(shard) for shard in checkpoint.shards)
 
     def _lay_out(self, shard: Shard) -> _OutShard:
@@ -207,8 +203,7 @@ class _Job:
 
     def _lay_out_tensor(self, name: str, stored: Stored) -> _Out:
         cast = self._dtype is not None and stored.dtype in FLOAT_DTYPES
-        resized = next((a for a in self._assigns.get(name, ()) if a.resize), None)
-        shape = stored.shape if resized is None else tuple(resized.value.shape)
+        shape = self._changes[name].shape if name in self._changes else stored.shape
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
 
     def write_shards(self, out: Path, bar: Progress) -> None:
@@ -227,7 +222,7 @@ class _Job:
         with named_errors(path), open(origin, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
             write_all(out.fileno(), memoryview(shard.header))
             for tensor in shard.tensors:
-                if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
+                if tensor.name in self._changes or tensor.is_cast:
                     for piece in self._patched(tensor, source.fileno(), origin):
                         write_all(out.fileno(), piece)
                         bar.update(piece.nbytes)
@@ -243,15 +238,15 @@ class _Job:
             return
         # Sum in the wider of the two dtypes, so that a cast rounds once.
         work = torch.promote_types(dtype, tensor.dtype)
-        columns = self._matrix(tensor.name, tensor.shape)[1]
-        old_rows = self._matrix(tensor.name, stored.shape)[0]
-        for start, stop in self._pieces(tensor.name, tensor.shape, dtype.itemsize):
+        change = self._changes.get(tensor.name) or TensorPlan((), (), tensor.shape)
+        columns, old_rows = change.columns, change.matrix(stored.shape)[0]
+        for start, stop in change.pieces(max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize))):
             piece = self._scratch(stop - start, columns, dtype)
             held = max(0, min(stop, old_rows) - start)
             with named_errors(path):
                 read_exactly(source, _bytes(piece[:held]), stored.start + start * columns * dtype.itemsize)
             piece = piece.to(work)
-            execute(self._plan_for(tensor, start, stop), {tensor.name: piece}, backend=self._backend)
+            execute(change.part(start, stop), {tensor.name: piece}, backend=self._backend)
             yield _bytes(piece.to(tensor.dtype))
 
     def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -261,57 +256,12 @@ class _Job:
             self._memory = torch.empty(size, dtype=torch.uint8)
         return self._memory[:size].view(dtype).view(rows, columns)
 
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The tensor as the rows and columns that its updates speak of; stacked experts lie one below the other."""
-        leading = 2 if any(u.region.expert is not None for u in self._updates.get(name, ())) else 1
-        return math.prod(shape[:leading]), math.prod(shape[leading:])
-
-    def _pieces(self, name: str, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-        """Cut a tensor's rows: at the borders of its updates, and between them where the reference cuts as well.
-
-        Every backend then sees the same blocks as it does live, so that both ways give the same bits.
-        """
-        rows, columns = self._matrix(name, shape)
-        updates = self._updates.get(name, [])
-        over_columns = any(t.magnitude_axis == 1 and t.magnitude is not None for u in updates for t in u.terms)
-        if over_columns or len({u.region.shape[1] for u in updates}) > 1:
-            yield 0, rows  # norms over columns need all rows; blocks of several widths have no common borders
-            return
-        cuts = {0, rows, *range(0, rows if not updates else 0, rows_per_block(columns))}
-        for update in updates:
-            first, last = _flat_rows(update, shape)
-            cuts.update(range(first, last, rows_per_block(update.region.shape[1])))
-            cuts.add(last)
-        start = previous = 0
-        limit = max(1, CHUNK_BYTES // max(1, columns * itemsize))
-        for cut in sorted(cuts):
-            if cut - start > limit and previous > start:
-                yield start, previous
-                start = previous
-            previous = cut
-        yield start, rows
+    def _new_shape(self, name: str) -> tuple[int, ...]:
+        resized = next((a for a in self._plan.assigns if a.name == name and a.resize), None)
+        return self._shape(name) if resized is None else tuple(resized.value.shape)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._checkpoint.locations[self._plan.untie.get(name, name)][1].shape
-
-    def _plan_for(self, tensor: _Out, start: int, stop: int) -> Plan:
-        """The part of the plan that falls on rows [start, stop) of a tensor seen as a matrix."""
-        rows, columns = self._matrix(tensor.name, tensor.shape)
-        per_entry = rows // tensor.shape[0] if tensor.shape else 1
-        assigns = [
-            part
-            for assign in self._assigns.get(tensor.name, ())
-            if (part := _assign_for(assign, start, stop, columns, per_entry)) is not None
-        ]
-        updates = []
-        for update in self._updates.get(tensor.name, ()):
-            first, last = _flat_rows(update, tensor.shape)
-            low, high = max(first, start), min(last, stop)
-            if low < high:
-                terms = tuple(t.cut(slice(low - first, high - first), slice(None)) for t in update.terms)
-                region = Region(None, (low - start, high - start), update.region.columns)
-                updates.append(replace(update, region=region, terms=terms))
-        return Plan(tuple(updates), tuple(assigns))
 
     def write_side_files(self, out: Path) -> None:
         """Index, configuration, tokenizer and all else that is not weights."""
@@ -361,27 +311,6 @@ class _Job:
                 if assign.resize and part.get("vocab_size") == self._shape(assign.name)[0]:
                     part["vocab_size"] = len(assign.value)
         return config if config and config != self._checkpoint.config else None
-
-
-def _flat_rows(update: Update, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows of an update when stacked experts lie one below the other."""
-    offset = 0 if update.region.expert is None else update.region.expert * shape[1]
-    return offset + update.region.rows[0], offset + update.region.rows[1]
-
-
-def _assign_for(assign: Assign, start: int, stop: int, columns: int, per_entry: int) -> Assign | None:
-    """The part of an Assign on rows [start, stop) of the matrix; ``per_entry`` rows make one of the first dimension."""
-    value = assign.value.reshape(-1, columns)
-    if assign.by_index:
-        assert assign.rows is not None
-        inside = [i for i, row in enumerate(assign.rows) if start <= row < stop]
-        rows = tuple(assign.rows[i] - start for i in inside)
-        return replace(assign, value=value[inside], rows=rows) if inside else None
-    first = 0 if assign.rows is None else assign.rows[0] * per_entry
-    low, high = max(first, start), min(first + len(value), stop)
-    if low >= high:
-        return None
-    return replace(assign, value=value[low - first : high - first], rows=(low - start, high - start), resize=False)
 
 
 def _old_header(shard: Shard) -> bytes:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import portllm
 from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, files, ops, reference
+from portllm.pieces import TensorPlan
 from portllm.shards import Checkpoint
 
 from . import tiny
@@ -325,14 +326,14 @@ class Rich:
 
 def _count_pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     counted = []
-    original = checkpoint._Job._pieces
+    original = TensorPlan.pieces
 
-    def pieces(self: Any, name: str, *rest: Any) -> Any:
-        result = list(original(self, name, *rest))
+    def pieces(self: Any, limit: int) -> Any:
+        result = list(original(self, limit))
         counted.append(len(result))
         return iter(result)
 
-    monkeypatch.setattr(checkpoint._Job, "_pieces", pieces)
+    monkeypatch.setattr(TensorPlan, "pieces", pieces)
     return lambda: max(counted)
 
 
