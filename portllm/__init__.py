@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .extraction import Extraction as Extraction
     from .extraction import extract as extract
     from .fingerprint import stamp as stamp
+    from .inplace import CheckpointStatus as CheckpointStatus
+    from .inplace import InPlaceReport as InPlaceReport
+    from .inplace import checkpoint_status as checkpoint_status
+    from .inplace import remove_from_checkpoint as remove_from_checkpoint
     from .live import Applied as Applied
     from .live import apply as apply
     from .live import plan as plan
@@ -40,8 +44,10 @@ _HOMES = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "CheckpointStatus": "inplace",
     "Combined": "algebra",
     "Extraction": "extraction",
+    "InPlaceReport": "inplace",
     "Patch": "patch",
     "PatchError": "errors",
     "Plan": "planning",
@@ -51,12 +57,14 @@ _HOMES = {
     "apply": "live",
     "apply_checkpoint": "checkpoint",
     "cast": "algebra",
+    "checkpoint_status": "inplace",
     "combine": "algebra",
     "extract": "extraction",
     "lowrank_add_": "ops",
     "negate": "algebra",
     "plan": "live",
     "remove": "live",
+    "remove_from_checkpoint": "inplace",
     "scale": "algebra",
     "stamp": "fingerprint",
     "truncate": "algebra",

@@ -21,6 +21,7 @@ from .bind import ExpertLayout, Options, Tied, bind
 from .errors import CheckpointError, PlanError
 from .execute import execute
 from .files import check_destination, copy_range, fsync, named_errors, read_exactly, whole_or_absent, write_all
+from .inplace import InPlaceReport, apply_in_place
 from .live import Patches, as_patches
 from .pieces import TensorPlan, tensor_plans
 from .planning import Plan
@@ -85,9 +86,10 @@ def plan_checkpoint(
 def apply_checkpoint(
     model: str | os.PathLike[str],
     patch: Patches,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     scale: float = 1.0,
     *,
+    in_place: bool = False,
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
@@ -96,16 +98,22 @@ def apply_checkpoint(
     backend: str = "auto",
     overwrite: bool = False,
     progress: bool = False,
-) -> CheckpointReport:
-    """Write a patched copy of a safetensors checkpoint; the model is never in memory.
+) -> CheckpointReport | InPlaceReport:
+    """Write a patched copy of a safetensors checkpoint, or patch it in place; the model is never in memory.
 
     Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns: one tensor). Shards,
     their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
     tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
 
+    In place, only the bytes that change are written, on top of patches that were applied so before; the model is then
+    what one merge of all of them into the pristine one gives. What takes them off again, to the last bit
+    (``portllm.remove_from_checkpoint``), lies beside the checkpoint, in ``.portllm``. After a crash, the next use of
+    the checkpoint through portllm completes what was begun, or takes it back.
+
     Args:
         model: a directory, a single safetensors file, or a hub id.
-        out: a directory (a file, if ``model`` is a file) that does not exist yet.
+        out: a directory (a file, if ``model`` is a file) that does not exist yet; None in place.
+        in_place: change the checkpoint itself; what would give a tensor another size, or a name of its own, is refused.
         resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
         dtype: also cast every floating-point tensor; the sum is rounded once, into this dtype.
         overwrite: replace ``out`` if it exists.
@@ -121,9 +129,18 @@ def apply_checkpoint(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
     patches = as_patches(patch, scale)
+    if in_place:
+        wrong = {"out": out is not None, "dtype": dtype is not None, "tied='untie'": tied == "untie", "resize": resize}
+        if any(wrong.values()):
+            named = ", ".join(name for name, given in wrong.items() if given)
+            raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
+    elif out is None:
+        raise CheckpointError(f"{model}: say where to write the patched copy (out), or in_place=True")
     checkpoint, made = plan_checkpoint(
         model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
     )
+    if out is None:
+        return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
     inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]

@@ -1,0 +1,211 @@
+"""The journal of an operation in place: what was done, and the bytes that a crash may have left half written.
+
+``log`` is a list of entries, appended and synced one by one. The first is there from the start and says what the
+operation is. An entry, little-endian: u64 bytes of JSON, u64 bytes of payload, the SHA-256 of both; the JSON; the
+payload. The first entry whose hash is not right ends the log: a crash cut it short, and what it was to announce had
+not begun.
+
+A step rewrites some ranges of the checkpoint's files (see ``Journal.step``):
+
+1. its new bytes go into one of the files ``redo-0`` and ``redo-1``, in turn, which is synced;
+2. the log tells the ranges and the hashes of their new bytes, and is synced;
+3. the new bytes go to their places.
+
+A redo file is used again only when the step that it holds is on disk. So after a crash each step in the log is on
+disk, but for the last two at most, whose bytes ``Journal.open`` finds in the redo files, and writes again. A step that
+the log does not tell of has changed nothing. No assumption is made on what a torn write leaves behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .files import digest, fsync, named_errors, read_exactly, write_all, write_at
+
+_FRAME = struct.Struct("<QQ32s")
+_HASH_BYTES = 1 << 20
+LOG, REDO = "log", ("redo-0", "redo-1")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the log: its JSON, and where in the log its payload lies."""
+
+    value: dict[str, Any]
+    payload: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """New bytes for a range of a file, and their hash (``portllm.files.digest``)."""
+
+    file: str
+    offset: int
+    data: memoryview
+    hash: str
+
+
+class Journal:
+    """The journal in ``directory`` of an operation on ``files`` (name -> open descriptor)."""
+
+    def __init__(self, directory: Path, files: Mapping[str, int], log: int, end: int) -> None:
+        self._directory, self._files, self._log, self._end = directory, files, log, end
+        self._redo = [os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666) for name in REDO]
+        self._steps = 0
+        self._dirty: list[set[str]] = [set(), set()]
+        self.bytes_written = 0
+
+    @classmethod
+    def create(cls, directory: Path, files: Mapping[str, int], begin: dict[str, Any]) -> Journal:
+        """Begin an operation; from here on a crash leaves it to be completed. Raises OSError."""
+        temporary = directory / f"{LOG}.new"
+        log = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            journal = cls(directory, files, log, 0)
+            for name in REDO:
+                os.truncate(directory / name, 0)
+            journal.append(begin)
+            os.replace(temporary, directory / LOG)
+            fsync(directory)
+        except BaseException:
+            os.close(log)
+            raise
+        return journal
+
+    @classmethod
+    def open(cls, directory: Path, files: Mapping[str, int]) -> tuple[Journal, list[Entry]]:
+        """Take up an operation that was cut short: all its steps are on disk then; the entries after the first.
+
+        Raises:
+            CheckpointError: the journal cannot be read, or the files cannot be written.
+        """
+        entries = read_log(directory)
+        with named_errors(directory):
+            log = os.open(directory / LOG, os.O_RDWR)
+            end = entries[-1].payload + entries[-1].value.get("payload", 0) if entries else 0
+            os.ftruncate(log, end)
+            journal = cls(directory, files, log, end)
+            journal._replay([entry.value for entry in entries if "writes" in entry.value])
+        return journal, entries
+
+    def _replay(self, steps: list[dict[str, Any]]) -> None:
+        self._steps = len(steps)
+        for step in steps[-2:]:
+            redo, start = self._redo[step["redo"]], 0
+            size = sum(write["size"] for write in step["writes"])
+            if os.fstat(redo).st_size < size:
+                continue  # in use again, so this step is on disk
+            data = memoryview(bytearray(size))
+            read_exactly(redo, data, 0)
+            parts: list[tuple[dict[str, Any], memoryview]] = []
+            for write in step["writes"]:
+                parts.append((write, data[start : start + write["size"]]))
+                start += write["size"]
+            if all(digest(part) == write["hash"] for write, part in parts):
+                for write, part in parts:
+                    write_at(self._files[write["file"]], part, write["offset"])
+        self.sync()
+
+    def step(self, writes: Sequence[Write], value: dict[str, Any], payload: Sequence[memoryview]) -> Entry:
+        """Write ``writes`` such that a crash leaves all or nothing of them, and log ``value`` and ``payload``.
+
+        Raises OSError; what was written by then is as if the system had crashed.
+        """
+        turn = self._steps % 2
+        for file in sorted(self._dirty[turn]):
+            os.fdatasync(self._files[file])
+        start = 0
+        for write in writes:
+            write_at(self._redo[turn], write.data, start)
+            start += write.data.nbytes
+        os.fdatasync(self._redo[turn])
+        told = [{"file": w.file, "offset": w.offset, "size": w.data.nbytes, "hash": w.hash} for w in writes]
+        entry = self.append({**value, "redo": turn, "writes": told}, payload)
+        self._steps += 1
+        self._dirty[turn] = {write.file for write in writes}
+        for write in writes:
+            write_at(self._files[write.file], write.data, write.offset)
+        self.bytes_written += 2 * start
+        return entry
+
+    def append(self, value: dict[str, Any], payload: Sequence[memoryview] = ()) -> Entry:
+        """Append an entry to the log, and sync it."""
+        size = sum(part.nbytes for part in payload)
+        text = json.dumps({**value, "payload": size}, separators=(",", ":")).encode()
+        total = hashlib.sha256(text)
+        for part in payload:
+            total.update(part)
+        frame = _FRAME.pack(len(text), size, total.digest()) + text
+        offset = self._end
+        for part in (memoryview(frame), *payload):
+            write_at(self._log, part, offset)
+            offset += part.nbytes
+        os.fdatasync(self._log)
+        entry = Entry({**value, "payload": size}, self._end + len(frame))
+        self.bytes_written += offset - self._end
+        self._end = offset
+        return entry
+
+    def read(self, offset: int, size: int) -> memoryview:
+        """Bytes of the log."""
+        data = memoryview(bytearray(size))
+        read_exactly(self._log, data, offset)
+        return data
+
+    def copy(self, offset: int, size: int, out: int) -> None:
+        """Append bytes of the log to a file, a few at a time."""
+        for start in range(offset, offset + size, _HASH_BYTES):
+            write_all(out, self.read(start, min(_HASH_BYTES, offset + size - start)))
+
+    def sync(self) -> None:
+        """All steps are on disk."""
+        for file in sorted(self._files):
+            os.fdatasync(self._files[file])
+        self._dirty = [set(), set()]
+
+    def close(self) -> None:
+        for descriptor in (self._log, *self._redo):
+            os.close(descriptor)
+
+
+def discard(directory: Path) -> None:
+    """The operation is over, or never was: remove its journal."""
+    for name in (LOG, f"{LOG}.new", *REDO):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(directory / name)
+        if name == LOG:
+            fsync(directory)  # before the redo files, without which a log would be taken for an older one
+
+
+def read_log(directory: Path) -> list[Entry]:
+    """The entries of a log that are whole; raises CheckpointError if not even the first is."""
+    path = directory / LOG
+    with named_errors(path), open(path, "rb") as file:
+        entries = list(_entries(file))
+    if not entries:
+        raise CheckpointError(f"{path}: its first entry is broken; restore the checkpoint from another copy")
+    return entries
+
+
+def _entries(file: Any) -> Iterator[Entry]:
+    while len(frame := file.read(_FRAME.size)) == _FRAME.size:
+        length, size, expected = _FRAME.unpack(frame)
+        left = os.fstat(file.fileno()).st_size - file.tell()
+        if length + size > left:
+            return
+        text = file.read(length)
+        total, payload = hashlib.sha256(text), file.tell()
+        for start in range(0, size, _HASH_BYTES):
+            total.update(file.read(min(_HASH_BYTES, size - start)))
+        if total.digest() != expected:
+            return
+        yield Entry(json.loads(text), payload)
