@@ -58,8 +58,12 @@ class Journal:
     """The journal in ``directory`` of an operation on ``files`` (name -> open descriptor)."""
 
     def __init__(self, directory: Path, files: Mapping[str, int], log: int, end: int) -> None:
-        self._directory, self._files, self._log, self._end = directory, files, log, end
-        self._redo = [os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666) for name in REDO]
+        self._files, self._log, self._end = files, log, end
+        self._open = [log]
+        self._redo: list[int] = []
+        for name in REDO:
+            self._redo.append(os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666))
+            self._open.append(self._redo[-1])
         self._steps = 0
         self._dirty: list[set[str]] = [set(), set()]
         self.bytes_written = 0
@@ -69,15 +73,15 @@ class Journal:
         """Begin an operation; from here on a crash leaves it to be completed. Raises OSError."""
         temporary = directory / f"{LOG}.new"
         log = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        journal = cls(directory, files, log, 0)
         try:
-            journal = cls(directory, files, log, 0)
-            for name in REDO:
-                os.truncate(directory / name, 0)
+            for redo in journal._redo:
+                os.ftruncate(redo, 0)
             journal.append(begin)
             os.replace(temporary, directory / LOG)
             fsync(directory)
         except BaseException:
-            os.close(log)
+            journal.close()
             raise
         return journal
 
@@ -91,10 +95,14 @@ class Journal:
         entries = read_log(directory)
         with named_errors(directory):
             log = os.open(directory / LOG, os.O_RDWR)
-            end = entries[-1].payload + entries[-1].value.get("payload", 0) if entries else 0
-            os.ftruncate(log, end)
+            end = entries[-1].payload + entries[-1].value["payload"]
             journal = cls(directory, files, log, end)
-            journal._replay([entry.value for entry in entries if "writes" in entry.value])
+            try:
+                os.ftruncate(log, end)
+                journal._replay([entry.value for entry in entries if "writes" in entry.value])
+            except BaseException:
+                journal.close()
+                raise
         return journal, entries
 
     def _replay(self, steps: list[dict[str, Any]]) -> None:
@@ -173,8 +181,8 @@ class Journal:
         self._dirty = [set(), set()]
 
     def close(self) -> None:
-        for descriptor in (self._log, *self._redo):
-            os.close(descriptor)
+        while self._open:
+            os.close(self._open.pop())
 
 
 def discard(directory: Path) -> None:
