@@ -30,7 +30,7 @@ examples:
   portllm apply ./adapter ./evolved-model --in-place; portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
 
-exit codes: 0 done; 2 bad input, nothing was written; 130 interrupted, nothing was written
+exit codes: 0 done; 1 status --verify found changes; 2 bad input, 130 interrupted, nothing was written
 """
 
 
@@ -332,7 +332,7 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"summed by: {'; '.join(status.summed_by) or 'nothing'}")
     if status.verified:
         print(f"changed since: {', '.join(status.changed)}" if status.changed else "all bytes are as they were left")
-    return 2 if status.changed else 0
+    return 1 if status.changed else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

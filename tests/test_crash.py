@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from portllm.inplace import recover
 from portllm.shards import Checkpoint
 from portllm.undostore import Store
 
-from .tiny import CONFIG, IN, OUT, VOCAB, factors, snapshot, tensors, write_adapter, write_model
+from .tiny import IN, VOCAB, factors, snapshot, tensors, write_adapter, write_model
 from .volatile import Crash, VolatileDisk
 
 pytestmark = pytest.mark.usefixtures("one_thread")

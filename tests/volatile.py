@@ -165,9 +165,7 @@ class VolatileDisk:
     def _mkdir(self, real: Any, path: Any, *rest: Any, **options: Any) -> Any:
         if not self._inside(path) or os.path.lexists(path):
             return real(path, *rest, **options)
-        return self._named(
-            lambda: real(path, *rest, **options), lambda: shutil.rmtree(path, ignore_errors=True), path
-        )
+        return self._named(lambda: real(path, *rest, **options), lambda: shutil.rmtree(path, ignore_errors=True), path)
 
     def _replace(self, real: Any, source: Any, target: Any, **options: Any) -> Any:
         if not self._inside(source):
