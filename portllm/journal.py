@@ -7,13 +7,14 @@ not begun.
 
 A step rewrites some ranges of the checkpoint's files (see ``Journal.step``):
 
-1. its new bytes go into one of the files ``redo-0`` and ``redo-1``, in turn, which is synced;
-2. the log tells the ranges and the hashes of their new bytes, and is synced;
+1. the new bytes of those that ``portllm/mend.py`` cannot mend go into one of the files ``redo-0`` and ``redo-1``, in
+   turn, which is synced;
+2. the log tells the ranges, the digests of their new bytes and the sums to mend the others with, and is synced;
 3. the new bytes go to their places.
 
-A redo file is used again only when the step that it holds is on disk. So after a crash each step in the log is on
-disk, but for the last two at most, whose bytes ``Journal.open`` finds in the redo files, and writes again. A step that
-the log does not tell of has changed nothing. No assumption is made on what a torn write leaves behind.
+A redo file is used again only when the step that it holds is on disk. So after a crash ``Journal.open`` writes again
+what the redo files hold, with no assumption on what a torn write leaves behind; what is to be mended is for its caller,
+who then syncs. A step that the log does not tell of has changed nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import digest, fsync, named_errors, read_exactly, write_all, write_at
+from .files import fsync, named_errors, read_exactly, write_all, write_at
+from .sums import digest, sector_sums
 
 _FRAME = struct.Struct("<QQ32s")
 _HASH_BYTES = 1 << 20
@@ -46,12 +48,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Write:
-    """New bytes for a range of a file, and their hash (``portllm.files.digest``)."""
+    """New bytes for a range of a file, and their digest (``portllm.sums``); ``redo``: they go by the journal."""
 
     file: str
     offset: int
     data: memoryview
-    hash: str
+    digest: str
+    redo: bool
 
 
 class Journal:
@@ -87,7 +90,9 @@ class Journal:
 
     @classmethod
     def open(cls, directory: Path, files: Mapping[str, int]) -> tuple[Journal, list[Entry]]:
-        """Take up an operation that was cut short: all its steps are on disk then; the entries after the first.
+        """Take up an operation that was cut short; all entries of the log.
+
+        The caller mends what is to be mended, and calls ``sync``, before the next step.
 
         Raises:
             CheckpointError: the journal cannot be read, or the files cannot be written.
@@ -99,50 +104,54 @@ class Journal:
             journal = cls(directory, files, log, end)
             try:
                 os.ftruncate(log, end)
-                journal._replay([entry.value for entry in entries if "writes" in entry.value])
+                journal._replay([e.value for e in entries if any(w["redo"] for w in e.value.get("writes", ()))])
             except BaseException:
                 journal.close()
                 raise
         return journal, entries
 
     def _replay(self, steps: list[dict[str, Any]]) -> None:
-        self._steps = len(steps)
         for step in steps[-2:]:
             redo, start = self._redo[step["redo"]], 0
-            size = sum(write["size"] for write in step["writes"])
+            writes = [write for write in step["writes"] if write["redo"]]
+            size = sum(write["size"] for write in writes)
             if os.fstat(redo).st_size < size:
                 continue  # in use again, so this step is on disk
             data = memoryview(bytearray(size))
             read_exactly(redo, data, 0)
             parts: list[tuple[dict[str, Any], memoryview]] = []
-            for write in step["writes"]:
+            for write in writes:
                 parts.append((write, data[start : start + write["size"]]))
                 start += write["size"]
-            if all(digest(part) == write["hash"] for write, part in parts):
+            if all(digest(sector_sums(part, write["offset"])) == write["digest"] for write, part in parts):
                 for write, part in parts:
                     write_at(self._files[write["file"]], part, write["offset"])
-        self.sync()
 
     def step(self, writes: Sequence[Write], value: dict[str, Any], payload: Sequence[memoryview]) -> Entry:
         """Write ``writes`` such that a crash leaves all or nothing of them, and log ``value`` and ``payload``.
 
         Raises OSError; what was written by then is as if the system had crashed.
         """
-        turn = self._steps % 2
-        for file in sorted(self._dirty[turn]):
-            os.fdatasync(self._files[file])
-        start = 0
-        for write in writes:
-            write_at(self._redo[turn], write.data, start)
-            start += write.data.nbytes
-        os.fdatasync(self._redo[turn])
-        told = [{"file": w.file, "offset": w.offset, "size": w.data.nbytes, "hash": w.hash} for w in writes]
+        turn, start = self._steps % 2, 0
+        redo = [write for write in writes if write.redo]
+        if redo:
+            for file in sorted(self._dirty[turn]):
+                os.fdatasync(self._files[file])
+            for write in redo:
+                write_at(self._redo[turn], write.data, start)
+                start += write.data.nbytes
+            os.fdatasync(self._redo[turn])
+        told = [
+            {"file": w.file, "offset": w.offset, "size": w.data.nbytes, "digest": w.digest, "redo": w.redo}
+            for w in writes
+        ]
         entry = self.append({**value, "redo": turn, "writes": told}, payload)
-        self._steps += 1
-        self._dirty[turn] = {write.file for write in writes}
+        if redo:
+            self._steps += 1
+            self._dirty[turn] = {write.file for write in redo}
         for write in writes:
             write_at(self._files[write.file], write.data, write.offset)
-        self.bytes_written += 2 * start
+        self.bytes_written += start + sum(write.data.nbytes for write in writes)
         return entry
 
     def append(self, value: dict[str, Any], payload: Sequence[memoryview] = ()) -> Entry:
@@ -175,10 +184,13 @@ class Journal:
             write_all(out, self.read(start, min(_HASH_BYTES, offset + size - start)))
 
     def sync(self) -> None:
-        """All steps are on disk."""
+        """All steps are on disk, and the redo files are empty: they must not be read again after later steps."""
         for file in sorted(self._files):
             os.fdatasync(self._files[file])
         self._dirty = [set(), set()]
+        for redo in self._redo:
+            os.ftruncate(redo, 0)
+            os.fdatasync(redo)
 
     def close(self) -> None:
         while self._open:

@@ -11,21 +11,34 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import CheckpointError, RecordError
 from .execute import hold_interrupts
-from .files import digest, named_errors, read_exactly
+from .files import named_errors, read_exactly, write_at
 from .journal import Entry, Journal, Write, read_log
+from .mend import mended
 from .progress import Progress
 from .shards import Checkpoint, Shard, Stored
+from .sums import digest, sector_sums
 from .transform import Made, Read, Side, Task, Transform, itemsize, memory, signature
 from .undostore import Changed, Piece, State, Store, Undo
 
 # Bytes of a piece, and of the pieces that are one step of the journal; three steps are in memory at once.
 PIECE_BYTES = 16 << 20
 STEP_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class _Last:
+    """What the log tells last of a task: ``undo`` is of its patched bytes, and ``sums`` where in the log theirs lie."""
+
+    told: dict[str, Any]
+    back: bool
+    undo: Undo | None
+    sums: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Operation:
         self._limit = PIECE_BYTES
         # Of each task that is done: what takes it back to the pristine bytes; None if they are there now.
         self._done: dict[tuple[str, int, int], Undo | None] = {}
+        self._last: dict[tuple[str, int, int], _Last] = {}
         self._not_exact: dict[str, None] = {}
         self._begin: dict[str, Any] = {}
         self._files: dict[str, int] = {}
@@ -140,27 +154,65 @@ class Operation:
         """Read the journal, as after a crash; returns whether the operation is being taken back."""
         self._journal, entries = Journal.open(self._store.path, self._files)
         self._limit = self._begin["limit"]
-        self._done = {}
+        self._done, self._last = {}, {}
         for entry in entries[1:]:
             self._remember(entry)
+        for key, last in self._last.items():
+            self._mend(key, last)
+        self._journal.sync()
         return any("abort" in entry.value for entry in entries)
 
     def _remember(self, entry: Entry) -> None:
         at = entry.payload
         for raw in entry.value.get("pieces", ()):
-            key = (*raw["key"],)
-            if entry.value["back"]:
-                self._done.pop(key, None)
-                continue
+            key, back, undo = (*raw["key"],), entry.value["back"], None
             if not raw["exact"]:
                 self._not_exact[key[0]] = None
-            if raw["undo"] is None:
-                self._done[key] = None
-                continue
-            piece = Piece.from_dict(raw["undo"])
-            read, copy = partial(self._read_log, at), partial(self._copy_log, at, piece.stored_bytes)
-            self._done[key] = Undo(piece, read, copy)
-            at += piece.stored_bytes
+            if raw["undo"] is not None:
+                piece = Piece.from_dict(raw["undo"])
+                read, copy = partial(self._read_log, at), partial(self._copy_log, at, piece.stored_bytes)
+                undo = Undo(piece, read, copy)
+                at += piece.stored_bytes
+            self._last[key] = _Last(raw, back, self._done.get(key) if back else undo, at)
+            at += raw["sums"]
+            if back:
+                self._done.pop(key, None)
+            else:
+                self._done[key] = undo
+
+    def _mend(self, key: tuple[str, int, int], last: _Last) -> None:
+        """What a step was writing when it was cut short is written whole (``portllm/mend.py``)."""
+        tensor, begin, end = key
+        shard, stored = self._checkpoint.locations[tensor]
+        here = [u for u in self._undos.get(shard.name, ()) if u.piece.tensor == tensor]
+        old = tuple(u for u in here if begin <= u.piece.begin and u.piece.end <= end)
+        adding, back = last.told["adding"], last.back
+        # The patches that the bytes are to get, or were to lose; and what of them is known.
+        side, undos = self._before, old
+        if adding != back:
+            side, undos = self._after, (last.undo,) if last.undo else ()
+        task = Task(shard.name, stored, begin, end, undos, ((begin, end, None),))
+        data = torch.empty(task.size, dtype=torch.uint8)
+        offset, path = task.offset(begin), shard.path
+        with named_errors(path):
+            read_exactly(self._files[shard.name], memory(data), offset)
+        if digest(sector_sums(memory(data), offset)) == last.told["digest"]:
+            return
+        if not last.told["sums"]:
+            raise CheckpointError(f"{path}: tensor {tensor} is neither as it was before the operation nor after it")
+        sums = np.frombuffer(self._journal.read(last.sums, last.told["sums"]), dtype="<u8").reshape(-1, 2)
+        transform = Transform(side, Side(self._checkpoint, [], None), self._backend)
+        computed = transform.patched(Read(task, data, sums, ()), undos)
+        patched = mended(memory(data), memory(computed), sums, offset, itemsize(stored), adding=adding)
+        if patched is None:
+            raise CheckpointError(f"{path}: tensor {tensor} was changed by something else while it was half written")
+        memory(data)[:] = patched
+        if not adding:
+            transform(Read(task, data, sums, ()))
+        if digest(sector_sums(memory(data), offset)) != last.told["digest"]:
+            raise CheckpointError(f"{path}: tensor {tensor} cannot be computed again; was portllm changed meanwhile?")
+        with named_errors(path):
+            write_at(self._files[shard.name], memory(data), offset)
 
     def _read_log(self, at: int, offset: int, size: int) -> memoryview:
         return self._journal.read(at + offset, size)
@@ -321,10 +373,11 @@ class Operation:
             buffers[turn] = torch.empty(starts[-1], dtype=torch.uint8)
         reads = []
         for task, start in zip(tasks, starts, strict=False):
-            read = Read(task, buffers[turn][start : start + task.size])
+            data = buffers[turn][start : start + task.size]
             with named_errors(self._shards[task.file].path):
-                read_exactly(self._files[task.file], memory(read.data), task.stored.start + task.begin)
-            if read.check() is not None and not self._subtract:
+                read_exactly(self._files[task.file], memory(data), task.offset(task.begin))
+            read = Read.of(task, data)
+            if read.changed and not self._subtract:
                 raise self._not_as_left(task.stored.name)
             reads.append(read)
         return reads
@@ -332,15 +385,20 @@ class Operation:
     def _write(self, batch: list[Made], back: bool, bar: Progress) -> None:
         writes, told, payload = [], [], []
         for made in batch:
-            task, data = made.task, memory(made.data)
-            hash_ = made.hash or digest(data)
-            writes.append(Write(task.file, task.stored.start + task.begin, data, hash_))
+            task, mend = made.task, made.mend
+            write = Write(task.file, task.offset(task.begin), memory(made.data), made.digest, mend is None)
+            writes.append(write)
             undo = None
             if not back:  # there the records are those of the old state, which are still there
                 for piece, parts in made.pieces:
-                    undo = asdict(replace(piece, after=hash_))
+                    undo = asdict(piece)
                     payload += parts
-            told.append({"key": task.key, "undo": undo, "exact": made.exact})
+            sums = b"" if mend is None else mend.astype("<u8", copy=False).tobytes()
+            payload.append(memoryview(sums))
+            told.append(
+                {"key": task.key, "undo": undo, "exact": made.exact, "sums": len(sums), "adding": made.adding}
+                | {"file": write.file, "offset": write.offset, "digest": write.digest}
+            )
         self._remember(self._journal.step(writes, {"pieces": told, "back": back}, payload))
         bar.update(sum(made.task.size for made in batch))
 
@@ -355,7 +413,7 @@ def changed_tensors(shard: Shard, undos: Sequence[Undo]) -> Iterator[str]:
                 continue
             data = memoryview(bytearray(piece.end - piece.begin))
             read_exactly(file.fileno(), data, places[piece.tensor].start + piece.begin)
-            if digest(data) != piece.after:
+            if digest(sector_sums(data, places[piece.tensor].start + piece.begin)) != piece.after:
                 wrong[piece.tensor] = None
                 yield piece.tensor
 

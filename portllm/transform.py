@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from . import ops
 from .bind import ExpertLayout, Options, bind
 from .errors import RecordError
 from .execute import execute
-from .files import digest
 from .patch import Patch
 from .pieces import TensorPlan, tensor_plans
 from .planning import Plan, Update
 from .record import Record
 from .shards import Checkpoint, Stored
+from .sums import Sums, digest, sector_sums
 from .undostore import Piece, Undo, pack
 
 
@@ -68,6 +68,10 @@ class Task:
     def size(self) -> int:
         return self.end - self.begin
 
+    def offset(self, begin: int) -> int:
+        """Where in its file a byte of the tensor lies."""
+        return self.stored.start + begin
+
     def bytes(self, data: Tensor, begin: int, end: int) -> Tensor:
         """Bytes [begin, end) of the tensor; ``data`` are those of the task."""
         return data[begin - self.begin : end - self.begin]
@@ -80,31 +84,38 @@ class Task:
 
 @dataclass
 class Read:
-    """A task's bytes; ``base``: their hash without patches, if known; ``changed``: old pieces not as they were left."""
+    """A task's bytes, and their sums; ``changed``: old pieces that are not as portllm left them."""
 
     task: Task
     data: Tensor
-    base: str | None = None
-    changed: list[Undo] = field(default_factory=list)
+    sums: Sums
+    changed: tuple[Undo, ...]
 
-    def check(self) -> Undo | None:
-        """Hash what was read; a piece that is not as portllm left it, if any is."""
-        for undo in self.task.old:
-            if digest(memory(self.task.bytes(self.data, undo.piece.begin, undo.piece.end))) != undo.piece.after:
-                self.changed.append(undo)
-        if not self.task.old:
-            self.base = digest(memory(self.data))
-        return self.changed[0] if self.changed else None
+    @classmethod
+    def of(cls, task: Task, data: Tensor) -> Read:
+        sums = sector_sums(memory(data), task.offset(task.begin))
+        changed = tuple(u for u in task.old if piece_digest(task, data, sums, u.piece) != u.piece.after)
+        return cls(task, data, sums, changed)
 
 
 @dataclass
 class Made:
-    """A task's new bytes; their hash, if it is known yet; their pieces (``after`` left open) and the parts of each."""
+    """A task's new bytes.
+
+    Attributes:
+        digest: of them all.
+        pieces: with their undo parts; none where they are pristine.
+        mend: the sums of the patched bytes, where the new ones or the old ones are pristine; else None.
+        adding: whether the new ones are the patched ones.
+        exact: false if patches were only subtracted.
+    """
 
     task: Task
     data: Tensor
-    hash: str | None
+    digest: str
     pieces: list[tuple[Piece, list[memoryview]]]
+    mend: Sums | None
+    adding: bool
     exact: bool
 
 
@@ -130,22 +141,46 @@ class Transform:
             records = _exchange(
                 task.matrix(data, task.begin, task.end, piece.columns), *swap, task.old[0].load()[0], self.backend
             )
-            pieces, known = [_piece(piece, records, memoryview(b""))], None
+            pieces, adding, mend = [_piece(piece, records, memoryview(b""))], True, False
         else:
             for undo in task.old:
                 self._restore(read, undo)
-            base = read.base or digest(memory(data))
-            pieces = []
+            base, adding, mend = read.sums, not task.old, not read.changed
+            if task.old:
+                base = sector_sums(memory(data), task.offset(task.begin))
+                for undo in task.old:
+                    if undo not in read.changed and piece_digest(task, data, base, undo.piece) != undo.piece.before:
+                        raise RecordError(f"{task.stored.name}: its undo record does not give back what was there")
+            pieces, after = [], digest(base)
             for begin, end, _ in task.targets:
                 columns, plan = self.after.part(task.stored, begin, end)
                 if plan.updates or plan.assigns:
-                    empty = Piece(task.stored.name, begin, end, columns, base, "", (), (), (), ())
+                    empty = Piece(task.stored.name, begin, end, columns, after, "", (), (), (), ())
                     pieces.append(self._add(task.matrix(data, begin, end, columns), plan, empty))
-            known = None if pieces else base
+            mend = mend and bool(task.old) != bool(pieces) and task.stored.start % itemsize(task.stored) == 0
+        sums = sector_sums(memory(data), task.offset(task.begin)) if pieces else base
+        after = digest(sums)
         for begin, end, expected in task.targets:
-            if expected is not None and digest(memory(task.bytes(data, begin, end))) != expected:
+            if expected is not None and _range_digest(task, data, sums, begin, end) != expected:
                 raise RecordError(f"{task.stored.name}: what was there before cannot be computed again")
-        return Made(task, data, known, pieces, not read.changed)
+        pieces = [(replace(piece, after=after), parts) for piece, parts in pieces]
+        patched = (sums if adding else read.sums) if mend else None
+        return Made(task, data, after, pieces, patched, adding, not read.changed)
+
+    def patched(self, read: Read, undos: Sequence[Undo]) -> Tensor:
+        """Of bytes that are pristine in part: what ``before`` makes of them, as if they were so everywhere.
+
+        ``undos`` are of the pieces that have been patched, or were to be.
+        """
+        task, data = read.task, read.data.clone()
+        for undo in undos:
+            piece = undo.piece
+            records, kept = undo.load()
+            _put_rows(task.bytes(data, piece.begin, piece.end), piece, kept)
+            _, plan = self.before.part(task.stored, piece.begin, piece.end)
+            matrix = task.matrix(data, piece.begin, piece.end, piece.columns)
+            execute(plan, {piece.tensor: matrix}, backend=_backend_of(records, self.backend))
+        return data
 
     def _swap(self, read: Read) -> tuple[Sequence[Update], Sequence[Update]] | None:
         """Updates to take off and to add in one pass, where both are for the same regions, and all there is."""
@@ -175,17 +210,7 @@ class Transform:
         _check_regions(piece, plain)
         records, kept = undo.load()
         _exchange(matrix, plain, [], records, self.backend)
-        row, offset = piece.columns * matrix.element_size(), 0
-        rows = task.bytes(read.data, piece.begin, piece.end).view(-1, row)
-        for first, last in piece.kept:
-            size = (last - first) * row
-            memory(rows[first:last])[:] = kept[offset : offset + size]
-            offset += size
-        found = digest(memory(matrix))
-        if found != piece.before:
-            raise RecordError(f"{piece.tensor}: its undo record does not give the bytes back that were there before")
-        if piece.begin == task.begin and piece.end == task.end:
-            read.base = found
+        _put_rows(task.bytes(read.data, piece.begin, piece.end), piece, kept)
 
     def _add(self, matrix: Tensor, plan: Plan, empty: Piece) -> tuple[Piece, list[memoryview]]:
         """Apply a plan to a matrix."""
@@ -235,9 +260,6 @@ def _exchange(
     both = [(*pair,) for pair in (zip(old, new, strict=True) if old and new else [(u,) for u in (*old, *new)])]
     if not both:
         return []
-    known = next((record.by for record in records if record is not None), None)
-    if known is not None:
-        backend = "cpu" if known.startswith("cpu") else "torch"  # who summed must take off again
     terms = [term for updates in both for update in updates for term in update.terms]
     made = ops.lowrank_exchange_(
         [updates[0].region.view(matrix) for updates in both],
@@ -247,9 +269,38 @@ def _exchange(
         [len(updates[0].terms) if old else 0 for updates in both],
         [len(updates[-1].terms) if new else 0 for updates in both],
         list(records),
-        backend,
+        _backend_of(records, backend),
     )
     return [record for record in made if record is not None]
+
+
+def _backend_of(records: Sequence[Record | None], backend: str) -> str:
+    """The backend that summed what the records are of, which must do it again; ``backend`` if there are none."""
+    known = next((record.by for record in records if record is not None), None)
+    return backend if known is None else "cpu" if known.startswith("cpu") else "torch"
+
+
+def _put_rows(data: Tensor, piece: Piece, kept: memoryview) -> None:
+    """Put the rows that were kept back into a piece's bytes."""
+    if not piece.kept:
+        return
+    row = len(kept) // sum(last - first for first, last in piece.kept)
+    rows, offset = data.view(-1, row), 0
+    for first, last in piece.kept:
+        size = (last - first) * row
+        memory(rows[first:last])[:] = kept[offset : offset + size]
+        offset += size
+
+
+def piece_digest(task: Task, data: Tensor, sums: Sums, piece: Piece) -> str:
+    """The digest of a piece of a task; ``sums`` are those of ``data``, all of the task."""
+    return _range_digest(task, data, sums, piece.begin, piece.end)
+
+
+def _range_digest(task: Task, data: Tensor, sums: Sums, begin: int, end: int) -> str:
+    if (begin, end) != (task.begin, task.end):
+        sums = sector_sums(memory(task.bytes(data, begin, end)), task.offset(begin))
+    return digest(sums)
 
 
 def _regions(updates: Sequence[Update]) -> tuple[tuple[int, int, int, int], ...]:

@@ -84,7 +84,7 @@ class Piece:
         tensor: its name.
         begin, end: bytes within the tensor.
         columns: the piece is a matrix of so many.
-        before, after: SHA-256 of its bytes without any patch, and as they are now.
+        before, after: digests (``portllm.sums``) of its bytes without any patch, and as they are now.
         regions: [row, row end, column, column end] of each record, within the piece.
         by: who summed each (``Record.by``).
         kept: [row, row end] of the rows that are kept as they were.

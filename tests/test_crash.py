@@ -41,8 +41,8 @@ class Case:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # Many steps, of several pieces each.
-        monkeypatch.setattr(operation, "PIECE_BYTES", 300)
-        monkeypatch.setattr(operation, "STEP_BYTES", 900)
+        monkeypatch.setattr(operation, "PIECE_BYTES", 1200)
+        monkeypatch.setattr(operation, "STEP_BYTES", 1500)
         self.folder = folder
         dtypes = [torch.bfloat16, torch.float16, torch.float32]
         named = {name: tensor.to(dtypes[i % 3]) for i, (name, tensor) in enumerate(tensors().items())}

@@ -31,7 +31,8 @@ class VolatileDisk:
 
     Names (creating, renaming, deleting) last when their directory is synced, and are otherwise lost from the last one
     backwards, as a file system's journal has it. Bytes last when their file is synced; of the other writes any may be
-    lost, and any may be cut short. Bytes that were written past ``os`` (by compiled code) last only by a sync as well.
+    lost, any may be cut short, and of any only some sectors may be there. Bytes that were written past ``os`` (by
+    compiled code) last only by a sync as well.
     """
 
     def __init__(self, root: Path, attic: Path, crash_at: int) -> None:
@@ -227,7 +228,7 @@ def _content(descriptor: int) -> bytes:
 def _partly(file: _File, chance: random.Random) -> bytes:
     content = bytearray(file.synced)
     for change in file.pending:
-        fate = chance.choice(("lost", "whole", "torn"))
+        fate = chance.choice(("lost", "whole", "torn", "sectors"))
         if fate == "lost":
             continue
         if isinstance(change, int):
@@ -235,10 +236,15 @@ def _partly(file: _File, chance: random.Random) -> bytes:
             content.extend(bytes(change - len(content)))
             continue
         offset, data = change
-        if fate == "torn":
+        if fate != "whole":
             data = data[: chance.randint(0, len(data))]
         content.extend(bytes(max(0, offset + len(data) - len(content))))
-        content[offset : offset + len(data)] = data
+        start = offset
+        while start < offset + len(data):
+            stop = min((start // 512 + 1) * 512, offset + len(data))
+            if fate != "sectors" or chance.random() < 0.5:
+                content[start:stop] = data[start - offset : stop - offset]
+            start = stop
     return bytes(content)
 
 
