@@ -8,7 +8,7 @@
 - ``records/*.safetensors``: one for each changed file. ``__metadata__["portllm.pieces"]`` is a JSON list of ``Piece``;
   the tensors ``<piece>.<part>`` are the parts of ``portllm.record.Record`` (``<region>.lengths``, ``<region>.data``) of
   each of the piece's regions, and ``kept``: the rows that no record is for (values that were replaced, DoRA), as they
-  were. All are bytes (U8); a part that is smaller so is compressed by zlib.
+  were. All are bytes (U8); lengths that are smaller so are compressed by zlib.
 - ``lock``: locked by whoever changes the checkpoint; ``log`` and ``redo-*``: its journal (``portllm/journal.py``).
 
 A new ``state.json`` takes the place of the old one when all that it speaks of is on disk: that ends an operation.
@@ -145,8 +145,9 @@ def pack(records: Sequence[Record], kept: memoryview) -> tuple[tuple[tuple[str, 
         raw.append(("kept", kept))
     parts, buffers = [], []
     for name, data in raw:
-        packed = memoryview(zlib.compress(data, 1)) if data.nbytes > 64 else data
-        chosen = packed if packed.nbytes < 0.9 * data.nbytes else data
+        # Lengths shrink to 40 % of a seventh of a record. The rest shrinks by 15 %, at 50 MB/s: that does not pay.
+        packed = memoryview(zlib.compress(data, 1)) if name.endswith(".lengths") else data
+        chosen = packed if packed.nbytes < data.nbytes else data
         parts.append((name, chosen.nbytes, data.nbytes))
         buffers.append(chosen)
     return tuple(parts), buffers
