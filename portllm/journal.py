@@ -25,6 +25,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class Journal:
             self._open.append(self._redo[-1])
         self._steps = 0
         self._dirty: list[set[str]] = [set(), set()]
+        # Bytes go to their places while the next step is logged, and to the disk while others are written.
+        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._going: list[Future[None]] = []
+        self._file = ""
         self.bytes_written = 0
 
     @classmethod
@@ -127,14 +132,21 @@ class Journal:
                 for write, part in parts:
                     write_at(self._files[write["file"]], part, write["offset"])
 
-    def step(self, writes: Sequence[Write], value: dict[str, Any], payload: Sequence[memoryview]) -> Entry:
+    def step(
+        self, writes: Sequence[Write], value: dict[str, Any], payload: Sequence[memoryview]
+    ) -> tuple[Entry, Future[None]]:
         """Write ``writes`` such that a crash leaves all or nothing of them, and log ``value`` and ``payload``.
 
-        Raises OSError; what was written by then is as if the system had crashed.
+        Returns:
+            The entry, and what is done when the bytes have been taken.
+
+        Raises:
+            OSError: what was written by then is as if the system had crashed.
         """
         turn, start = self._steps % 2, 0
         redo = [write for write in writes if write.redo]
         if redo:
+            self._drain()
             for file in sorted(self._dirty[turn]):
                 os.fdatasync(self._files[file])
             for write in redo:
@@ -149,10 +161,22 @@ class Journal:
         if redo:
             self._steps += 1
             self._dirty[turn] = {write.file for write in redo}
-        for write in writes:
-            write_at(self._files[write.file], write.data, write.offset)
         self.bytes_written += start + sum(write.data.nbytes for write in writes)
-        return entry
+        going = self._writer.submit(self._put, writes)
+        self._going.append(going)
+        return entry, going
+
+    def _put(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            if write.file != self._file and self._file:
+                self._going.append(self._syncer.submit(os.fdatasync, self._files[self._file]))
+            self._file = write.file
+            write_at(self._files[write.file], write.data, write.offset)
+
+    def _drain(self) -> None:
+        """All that was begun is written."""
+        while self._going:
+            self._going.pop(0).result()
 
     def append(self, value: dict[str, Any], payload: Sequence[memoryview] = ()) -> Entry:
         """Append an entry to the log, and sync it."""
@@ -185,6 +209,7 @@ class Journal:
 
     def sync(self) -> None:
         """All steps are on disk, and the redo files are empty: they must not be read again after later steps."""
+        self._drain()
         for file in sorted(self._files):
             os.fdatasync(self._files[file])
         self._dirty = [set(), set()]
@@ -193,6 +218,8 @@ class Journal:
             os.fdatasync(redo)
 
     def close(self) -> None:
+        self._writer.shutdown()
+        self._syncer.shutdown()
         while self._open:
             os.close(self._open.pop())
 

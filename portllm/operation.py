@@ -26,9 +26,11 @@ from .sums import digest, sector_sums
 from .transform import Made, Read, Side, Task, Transform, itemsize, memory, signature
 from .undostore import Changed, Piece, State, Store, Undo
 
-# Bytes of a piece, and of the pieces that are one step of the journal; three steps are in memory at once.
-PIECE_BYTES = 16 << 20
+# Bytes of a piece, and of the pieces that are one step of the journal; how many steps are in memory at once.
+# Smaller pieces cost more than they bring: the kernel's threads wait for one another, spinning, at the end of each.
+PIECE_BYTES = 32 << 20
 STEP_BYTES = 32 << 20
+_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -346,26 +348,27 @@ class Operation:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _steps(self, tasks: list[Task], *, back: bool) -> None:
-        """Read the next batch, compute this one and write the last one, all at once."""
+        """Read a batch, compute the one before, log the one before that and write yet another, all at once."""
         sides = (self._after, self._before) if back else (self._before, self._after)
         transform, batches = Transform(*sides, self._backend), list(_batches(tasks))
-        buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
+        buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(_IN_FLIGHT)]
         with (
             Progress(sum(task.size for task in tasks), enabled=self._progress) as bar,
             ThreadPoolExecutor(1) as reader,
             ThreadPoolExecutor(1) as writer,
         ):
             coming: Future[list[Read]] | None = None
-            going: Future[None] | None = None
+            going: list[Future[Future[None]]] = []
             for i in range(len(batches) + 1):
                 arrived = coming.result() if coming else []
-                coming = reader.submit(self._read, batches[i], buffers, i % 3) if i < len(batches) else None
+                if i >= _IN_FLIGHT:
+                    going[i - _IN_FLIGHT].result().result()  # its buffer is free
+                coming = reader.submit(self._read, batches[i], buffers, i % _IN_FLIGHT) if i < len(batches) else None
                 made = [transform(read) for read in arrived]
-                if going:
-                    going.result()
-                going = writer.submit(self._write, made, back, bar) if made else None
-            if going:
-                going.result()
+                if made:
+                    going.append(writer.submit(self._write, made, back, bar))
+            for written in going[-_IN_FLIGHT:]:
+                written.result().result()
 
     def _read(self, tasks: list[Task], buffers: list[Tensor], turn: int) -> list[Read]:
         starts = [0, *accumulate(-(-task.size // 64) * 64 for task in tasks)]  # aligned for any dtype
@@ -382,7 +385,7 @@ class Operation:
             reads.append(read)
         return reads
 
-    def _write(self, batch: list[Made], back: bool, bar: Progress) -> None:
+    def _write(self, batch: list[Made], back: bool, bar: Progress) -> Future[None]:
         writes, told, payload = [], [], []
         for made in batch:
             task, mend = made.task, made.mend
@@ -399,8 +402,10 @@ class Operation:
                 {"key": task.key, "undo": undo, "exact": made.exact, "sums": len(sums), "adding": made.adding}
                 | {"file": write.file, "offset": write.offset, "digest": write.digest}
             )
-        self._remember(self._journal.step(writes, {"pieces": told, "back": back}, payload))
+        entry, going = self._journal.step(writes, {"pieces": told, "back": back}, payload)
+        self._remember(entry)
         bar.update(sum(made.task.size for made in batch))
+        return going
 
 
 def changed_tensors(shard: Shard, undos: Sequence[Undo]) -> Iterator[str]:

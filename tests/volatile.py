@@ -91,15 +91,15 @@ class VolatileDisk:
         file = self._file(descriptor)
         if file is None:
             return real(descriptor, data)
-        file.pending.append((os.lseek(descriptor, 0, os.SEEK_CUR), bytes(data)))
-        return self._change(lambda: real(descriptor, data))
+        change = os.lseek(descriptor, 0, os.SEEK_CUR), bytes(data)
+        return self._change(lambda: (file.pending.append(change), real(descriptor, data))[1])
 
     def _pwrite(self, real: Any, descriptor: int, data: Any, offset: int) -> Any:
         file = self._file(descriptor)
         if file is None:
             return real(descriptor, data, offset)
-        file.pending.append((offset, bytes(data)))
-        return self._change(lambda: real(descriptor, data, offset))
+        change = offset, bytes(data)
+        return self._change(lambda: (file.pending.append(change), real(descriptor, data, offset))[1])
 
     def _copy_file_range(self, real: Any, source: int, out: int, count: int, start: int, *rest: Any) -> Any:
         data = os.pread(source, count, start)
@@ -108,8 +108,7 @@ class VolatileDisk:
     def _ftruncate(self, real: Any, descriptor: int, size: int) -> Any:
         file = self._file(descriptor)
         assert file is not None
-        file.pending.append(size)
-        return self._change(lambda: real(descriptor, size))
+        return self._change(lambda: (file.pending.append(size), real(descriptor, size))[1])
 
     def _truncate(self, real: Any, path: Any, size: int) -> Any:
         descriptor = os.open(path, os.O_RDWR)
