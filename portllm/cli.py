@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _dtype_argument(command)
     command.add_argument("--backend", default="auto", help="auto, torch, cpu or triton")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--link", action="store_true", help="hard links for shards in which nothing changes")
     command.add_argument("--in-place", action="store_true", help="change MODEL itself; `portllm remove` takes it back")
     command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -270,6 +271,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         dtype=_dtype(arguments),
         backend=arguments.backend,
         overwrite=arguments.overwrite,
+        link=arguments.link,
         progress=not (arguments.quiet or arguments.json),
     )
     if arguments.json:

@@ -17,6 +17,7 @@ from .errors import CheckpointError
 from .execute import hold_interrupts
 
 COPY_BYTES = 32 << 20
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> None:
@@ -90,14 +91,25 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def copy_range(source: int, out: int, start: int, stop: int, progress: Callable[[int], None]) -> None:
-    """Copy bytes in the kernel where it can (it may share extents), else through a buffer."""
+def clone(source: int, out: int) -> bool:
+    """Let a new file share all blocks of another one, until one of both is changed; False where that cannot be."""
+    try:
+        fcntl.ioctl(out, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def copy_range(
+    source: int, out: int, start: int, stop: int, to: int, progress: Callable[[int], None] = lambda count: None
+) -> None:
+    """Copy bytes to offset ``to``, in the kernel where it can (it may share extents), else through a buffer."""
     in_kernel = hasattr(os, "copy_file_range")
     while start < stop:
         count = min(COPY_BYTES, stop - start)
         if in_kernel:
             try:
-                count = os.copy_file_range(source, out, count, start)
+                count = os.copy_file_range(source, out, count, start, to)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
                     raise
@@ -108,8 +120,8 @@ def copy_range(source: int, out: int, start: int, stop: int, progress: Callable[
         else:
             data = memoryview(bytearray(count))
             read_exactly(source, data, start)
-            write_all(out, data)
-        start += count
+            write_at(out, data, to)
+        start, to = start + count, to + count
         progress(count)
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import fsync, named_errors, read_exactly, write_all, write_at
+from .files import copy_range, fsync, named_errors, read_exactly, write_at
 from .sums import digest, sector_sums
 
 _FRAME = struct.Struct("<QQ32s")
@@ -202,10 +202,9 @@ class Journal:
         read_exactly(self._log, data, offset)
         return data
 
-    def copy(self, offset: int, size: int, out: int) -> None:
-        """Append bytes of the log to a file, a few at a time."""
-        for start in range(offset, offset + size, _HASH_BYTES):
-            write_all(out, self.read(start, min(_HASH_BYTES, offset + size - start)))
+    def copy(self, offset: int, size: int, out: int, to: int) -> None:
+        """Copy bytes of the log to a file."""
+        copy_range(self._log, out, offset, offset + size, to)
 
     def sync(self) -> None:
         """All steps are on disk, and the redo files are empty: they must not be read again after later steps."""

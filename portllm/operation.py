@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -22,6 +22,7 @@ from .journal import Entry, Journal, Write, read_log
 from .mend import mended
 from .progress import Progress
 from .shards import Checkpoint, Shard, Stored
+from .stream import stream
 from .sums import digest, sector_sums
 from .transform import Made, Read, Side, Task, Transform, itemsize, memory, signature
 from .undostore import Changed, Piece, State, Store, Undo
@@ -219,8 +220,8 @@ class Operation:
     def _read_log(self, at: int, offset: int, size: int) -> memoryview:
         return self._journal.read(at + offset, size)
 
-    def _copy_log(self, at: int, size: int, out: int) -> None:
-        self._journal.copy(at, size, out)
+    def _copy_log(self, at: int, size: int, out: int, to: int) -> None:
+        self._journal.copy(at, size, out, to)
 
     def _take_back(self, error: BaseException) -> None:
         """All as it was before, as if the error had been a crash."""
@@ -348,27 +349,17 @@ class Operation:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _steps(self, tasks: list[Task], *, back: bool) -> None:
-        """Read a batch, compute the one before, log the one before that and write yet another, all at once."""
         sides = (self._after, self._before) if back else (self._before, self._after)
-        transform, batches = Transform(*sides, self._backend), list(_batches(tasks))
+        transform = Transform(*sides, self._backend)
         buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(_IN_FLIGHT)]
-        with (
-            Progress(sum(task.size for task in tasks), enabled=self._progress) as bar,
-            ThreadPoolExecutor(1) as reader,
-            ThreadPoolExecutor(1) as writer,
-        ):
-            coming: Future[list[Read]] | None = None
-            going: list[Future[Future[None]]] = []
-            for i in range(len(batches) + 1):
-                arrived = coming.result() if coming else []
-                if i >= _IN_FLIGHT:
-                    going[i - _IN_FLIGHT].result().result()  # its buffer is free
-                coming = reader.submit(self._read, batches[i], buffers, i % _IN_FLIGHT) if i < len(batches) else None
-                made = [transform(read) for read in arrived]
-                if made:
-                    going.append(writer.submit(self._write, made, back, bar))
-            for written in going[-_IN_FLIGHT:]:
-                written.result().result()
+        with Progress(sum(task.size for task in tasks), enabled=self._progress) as bar:
+            stream(
+                list(_batches(tasks)),
+                lambda batch, turn: self._read(batch, buffers, turn),
+                lambda reads: [transform(read) for read in reads],
+                lambda batch: self._write(batch, back, bar),
+                _IN_FLIGHT,
+            )
 
     def _read(self, tasks: list[Task], buffers: list[Tensor], turn: int) -> list[Read]:
         starts = [0, *accumulate(-(-task.size // 64) * 64 for task in tasks)]  # aligned for any dtype

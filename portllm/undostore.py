@@ -118,7 +118,7 @@ class Undo:
 
     piece: Piece
     read: Callable[[int, int], memoryview]  # offset within the piece's parts, size
-    copy: Callable[[int], None]  # appends all parts to a file
+    copy: Callable[[int, int], None]  # copies all parts to a file, at an offset
 
     def load(self) -> tuple[list[Record], memoryview]:
         """The records of its regions, and the rows that were kept; raises CheckpointError."""
@@ -284,8 +284,10 @@ class Store:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             write_all(descriptor, memoryview(struct.pack("<Q", len(text)) + text))
+            at = 8 + len(text)
             for undo in undos:
-                undo.copy(descriptor)
+                undo.copy(descriptor, at)
+                at += undo.piece.stored_bytes
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -301,6 +303,6 @@ def _read(path: Path, start: int, offset: int, size: int) -> memoryview:
     return data
 
 
-def _copy(path: Path, start: int, size: int, out: int) -> None:
+def _copy(path: Path, start: int, size: int, out: int, to: int) -> None:
     with named_errors(path), open(path, "rb", buffering=0) as file:
-        copy_range(file.fileno(), out, start, start + size, lambda count: None)
+        copy_range(file.fileno(), out, start, start + size, to)
