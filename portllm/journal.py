@@ -74,6 +74,7 @@ class Journal:
         self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._going: list[Future[None]] = []
         self._file = ""
+        self._broken = False
         self.bytes_written = 0
 
     @classmethod
@@ -143,6 +144,17 @@ class Journal:
         Raises:
             OSError: what was written by then is as if the system had crashed.
         """
+        if self._broken:
+            raise OSError("an earlier step could not be written")
+        try:
+            return self._step(writes, value, payload)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _step(
+        self, writes: Sequence[Write], value: dict[str, Any], payload: Sequence[memoryview]
+    ) -> tuple[Entry, Future[None]]:
         turn, start = self._steps % 2, 0
         redo = [write for write in writes if write.redo]
         if redo:
@@ -167,11 +179,15 @@ class Journal:
         return entry, going
 
     def _put(self, writes: Sequence[Write]) -> None:
-        for write in writes:
-            if write.file != self._file and self._file:
-                self._going.append(self._syncer.submit(os.fdatasync, self._files[self._file]))
-            self._file = write.file
-            write_at(self._files[write.file], write.data, write.offset)
+        try:
+            for write in writes:
+                if write.file != self._file and self._file:
+                    self._going.append(self._syncer.submit(os.fdatasync, self._files[self._file]))
+                self._file = write.file
+                write_at(self._files[write.file], write.data, write.offset)
+        except BaseException:
+            self._broken = True  # no later step may take the place of this one in the redo files
+            raise
 
     def _drain(self) -> None:
         """All that was begun is written."""
