@@ -27,7 +27,8 @@ examples:
   portllm check ./adapter ./evolved-model
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
-  portllm apply ./adapter ./evolved-model --in-place; portllm remove ./evolved-model
+  portllm apply ./adapter ./evolved-model --in-place
+  portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
 
 exit codes: 0 done; 1 status --verify found changes; 2 bad input, 130 interrupted, nothing was written

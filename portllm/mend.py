@@ -19,13 +19,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .sums import SECTOR, Sums, sectors, sums_of
+from .sums import SECTOR, sectors, sums_of
 
 _Sector = NDArray[np.uint8]
 
 
 def mended(
-    found: memoryview, computed: memoryview, sums: Sums, offset: int, itemsize: int, *, adding: bool
+    found: memoryview, computed: memoryview, sums: NDArray[np.uint64], offset: int, itemsize: int, *, adding: bool
 ) -> bytes | None:
     """The patched bytes of a range, or None if they are not to be had.
 

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +18,10 @@ from .errors import CheckpointError, RecordError
 from .execute import hold_interrupts
 from .files import named_errors, read_exactly, write_at
 from .journal import Entry, Journal, Write, read_log
-from .mend import mended
 from .progress import Progress
 from .shards import Checkpoint, Shard, Stored
 from .stream import stream
-from .sums import digest, sector_sums
+from .sums import digest, from_bytes, sector_sums, to_bytes
 from .transform import Made, Read, Side, Task, Transform, itemsize, memory, signature
 from .undostore import Changed, Piece, State, Store, Undo
 
@@ -203,7 +201,9 @@ class Operation:
             return
         if not last.told["sums"]:
             raise CheckpointError(f"{path}: tensor {tensor} is neither as it was before the operation nor after it")
-        sums = np.frombuffer(self._journal.read(last.sums, last.told["sums"]), dtype="<u8").reshape(-1, 2)
+        from .mend import mended  # loads numpy
+
+        sums = from_bytes(self._journal.read(last.sums, last.told["sums"]))
         transform = Transform(side, Side(self._checkpoint, [], None), self._backend)
         computed = transform.patched(Read(task, data, sums, ()), undos)
         patched = mended(memory(data), memory(computed), sums, offset, itemsize(stored), adding=adding)
@@ -387,7 +387,7 @@ class Operation:
                 for piece, parts in made.pieces:
                     undo = asdict(piece)
                     payload += parts
-            sums = b"" if mend is None else mend.astype("<u8", copy=False).tobytes()
+            sums = b"" if mend is None else to_bytes(mend)
             payload.append(memoryview(sums))
             told.append(
                 {"key": task.key, "undo": undo, "exact": made.exact, "sums": len(sums), "adding": made.adding}

@@ -15,24 +15,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from functools import cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 
+if TYPE_CHECKING:  # numpy takes a while to load, and only what is done in place needs it
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Sums = NDArray[np.uint64]
+
 SECTOR = 512
 _GOLDEN = 0x9E3779B97F4A7C15
-_KEYS = [(i + 1) * _GOLDEN % 2**64 >> 32 for i in range(2 * SECTOR // 8)]
-_LOW, _HIGH = (np.array(_KEYS[part::2], dtype=np.uint64) for part in (0, 1))
-_MASK, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-
-Sums = NDArray[np.uint64]
 
 
 def sector_sums(data: memoryview, offset: int) -> Sums:
     """[sectors, 2] uint64: the sum and the XOR of each sector of ``data``, which lie at ``offset`` in their file."""
+    import numpy as np
+
     first = SECTOR - offset % SECTOR
     native = _native_sums()
     if native is not None:
@@ -50,6 +50,8 @@ def count(size: int, offset: int) -> int:
 
 def sectors(data: memoryview, offset: int) -> NDArray[np.uint8]:
     """[sectors, 512] uint8: a copy, the first and the last one with zeros behind what they hold."""
+    import numpy as np
+
     first = min(SECTOR - offset % SECTOR, data.nbytes)
     out = np.zeros((count(data.nbytes, offset), SECTOR), dtype=np.uint8)
     if data.nbytes:
@@ -61,15 +63,30 @@ def sectors(data: memoryview, offset: int) -> NDArray[np.uint8]:
 
 def sums_of(parts: NDArray[np.uint8]) -> Sums:
     """The sums of sectors [n, 512]."""
-    words = parts.view("<u8").astype(np.uint64, copy=False)
-    low, high = ((words & _MASK) + _LOW) & _MASK, ((words >> _SHIFT) + _HIGH) & _MASK
+    import numpy as np
+
+    words, mask = parts.view("<u8").astype(np.uint64, copy=False), np.uint64(0xFFFFFFFF)
+    keys = np.array([(i + 1) * _GOLDEN % 2**64 >> 32 for i in range(2 * SECTOR // 8)], dtype=np.uint64)
+    low, high = ((words & mask) + keys[0::2]) & mask, ((words >> np.uint64(32)) + keys[1::2]) & mask
     total = np.multiply(low, high).sum(axis=1, dtype=np.uint64)
     return np.stack([total, np.bitwise_xor.reduce(words, axis=1)], axis=1)
 
 
+def to_bytes(sums: Sums) -> bytes:
+    """Sums as little-endian bytes."""
+    return sums.astype("<u8", copy=False).tobytes()
+
+
+def from_bytes(data: memoryview) -> Sums:
+    """The inverse of ``to_bytes``."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+
+
 def digest(sums: Sums) -> str:
     """The digest of a range with these sums, in hexadecimal."""
-    return hashlib.sha256(sums.astype("<u8", copy=False).tobytes()).hexdigest()
+    return hashlib.sha256(to_bytes(sums)).hexdigest()
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from .pieces import TensorPlan, tensor_plans
 from .planning import Plan, Update
 from .record import Record
 from .shards import Checkpoint, Stored
-from .sums import Sums, digest, sector_sums
+from .sums import digest, sector_sums
 from .undostore import Piece, Undo, pack
+
+if TYPE_CHECKING:
+    from .sums import Sums
 
 
 class Side:
