@@ -262,7 +262,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             print(f"would change {len(plan.tensors)} tensors; nothing was written")
         return 0
     if arguments.out is None and not arguments.in_place:
-        raise PortllmError("say where to write with -o OUT (or --in-place, or --dry-run)")
+        raise PortllmError("say where to write with -o OUT (or --dry-run, or --in-place)")
     report = apply_checkpoint(
         arguments.model,
         patches,
