@@ -1,10 +1,11 @@
-"""Patch a checkpoint on disk: portllm against PEFT's load, merge and save, and against a plain copy.
+"""Patch a checkpoint on disk: portllm, as a copy and in place, against PEFT's load, merge and save, and the limits.
 
     python benchmarks/bench_checkpoint.py --size-gb 4 --shards 8 --json benchmarks/results/checkpoint.json
 
-Each way runs in a fresh process, in turn, ``--repeats`` times after one warm-up, on files in the page cache; its time
-ends when its output is synced to disk. Extra memory is the process's high-water mark less what it held when the work
-began (libraries imported, nothing loaded). The copy (the same bytes read and written, synced) is the limit.
+Each way runs in a fresh process, in turn, ``--repeats`` times after one warm-up, on files in the page cache (warm) or
+dropped from it (cold); its time ends when its output is synced to disk. Extra memory is the process's high-water mark
+less what it held when the work began (libraries imported, nothing loaded). The limit of a patched copy is a plain copy;
+that of a patch in place, and of its removal, is to read the bytes of the tensors that change and to write them back.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from samples import resident
 
-WAYS = ("copy", "portllm", "peft")
+WAYS = ("copy", "portllm", "peft", "rewrite", "in place", "remove")
+LIMITS = {"in place": "rewrite", "remove": "rewrite", "rewrite": "rewrite"}  # of others: the copy
 
 
 def main() -> None:
@@ -35,12 +38,14 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=None, help="where to make the checkpoint (default: a temporary folder)"
     )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="in this order; in place before remove")
+    parser.add_argument("--cold", action="store_true", help="the model is not in the page cache")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs=3, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(_work(arguments.worker, *arguments.paths)))
+        print(json.dumps(_work(arguments.worker, arguments.cold, *arguments.paths)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="portllm-bench-") as folder:
         results = run(Path(folder), arguments)
@@ -56,17 +61,19 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     model, adapter = folder / "model", folder / "adapter"
     size = make_checkpoint(model, arguments.size_gb, arguments.shards)
     make_adapter(adapter, model, arguments.rank)
-    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    samples: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     for repeat in range(arguments.repeats + 1):
-        for way in WAYS:
+        for way in arguments.ways:
             out = folder / "out"
             command = [sys.executable, __file__, "--worker", way, "--paths", str(model), str(adapter), str(out)]
+            command += ["--cold"] if arguments.cold else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             if repeat:  # the first round warms the page cache
                 samples[way].append(json.loads(done.stdout.splitlines()[-1]))
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
     return {
         "benchmark": "checkpoint",
+        "cold": arguments.cold,
         "machine": machine.describe(),
         "bytes": size,
         "shards": arguments.shards,
@@ -152,15 +159,23 @@ def make_adapter(path: Path, model: Path, rank: int) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config))
 
 
-def _work(way: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
-    work = {"copy": _copy, "portllm": _portllm, "peft": _peft}[way](model, adapter, out)
+def _work(way: str, cold: bool, model: Path, adapter: Path, out: Path) -> dict[str, float]:
+    makers = {"copy": _copy, "portllm": _portllm, "peft": _peft}
+    makers |= {"rewrite": _rewrite, "in place": _in_place, "remove": _remove}
+    work = makers[way](model, adapter, out)
+    if cold:
+        for file in model.glob("*.safetensors"):
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     held = resident("VmRSS")
     started = time.perf_counter()
     work()
     unsynced = time.perf_counter() - started
-    for file in out.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
+    for file in (out if out.exists() else model).iterdir():
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "unsynced_seconds": unsynced, "extra_mib": (resident("VmHWM") - held) / 1024}
 
@@ -178,6 +193,53 @@ def _portllm(model: Path, adapter: Path, out: Path) -> Any:
     return lambda: portllm.apply_checkpoint(model, adapter, out)
 
 
+def _in_place(model: Path, adapter: Path, out: Path) -> Any:
+    import torch  # noqa: F401
+
+    import portllm
+
+    portllm.apply_checkpoint, portllm.Patch  # noqa: B018
+    return lambda: portllm.apply_checkpoint(model, adapter, in_place=True)
+
+
+def _remove(model: Path, adapter: Path, out: Path) -> Any:
+    import torch  # noqa: F401
+
+    import portllm
+
+    portllm.remove_from_checkpoint, portllm.Patch  # noqa: B018
+    return lambda: portllm.remove_from_checkpoint(model)
+
+
+def _rewrite(model: Path, adapter: Path, out: Path) -> Any:
+    """Read the tensors that change and write them back as they are: two threads, 32 MB at once, as portllm does it."""
+    from portllm.shards import Checkpoint
+
+    size = 32 << 20
+    parts = [
+        (shard.path, start, min(size, stored.stop - start))
+        for shard in Checkpoint.open(model).shards
+        for stored in shard.tensors
+        if "_proj" in stored.name
+        for start in range(stored.start, stored.stop, size)
+    ]
+
+    def work() -> None:
+        files = {path: os.open(path, os.O_RDWR) for path, _, _ in parts}
+        buffers = [memoryview(bytearray(size)) for _ in range(2)]
+        with ThreadPoolExecutor(1) as writer:
+            going: list[Any] = []
+            for i, (path, start, count) in enumerate(parts):
+                if i >= 2:
+                    going[i - 2].result()
+                os.preadv(files[path], [buffers[i % 2][:count]], start)
+                going.append(writer.submit(os.pwrite, files[path], buffers[i % 2][:count], start))
+        for descriptor in files.values():
+            os.close(descriptor)
+
+    return work
+
+
 def _peft(model: Path, adapter: Path, out: Path) -> Any:
     import torch
     from peft import PeftModel
@@ -193,13 +255,14 @@ def _peft(model: Path, adapter: Path, out: Path) -> Any:
 
 def _print(results: dict[str, Any]) -> None:
     ways, size = results["ways"], results["bytes"]
+    print("cold" if results["cold"] else "warm")
     print(f"{size / 1e9:.2f} GB in {results['shards']} shards, rank {results['rank']}, {results['machine']['cpu']}")
     print(f"{'way':10}{'seconds':>9}{'(min-max)':>16}{'GB/s r+w':>10}{'extra MiB':>11}{'x peft':>8}{'% limit':>9}")
     for way, r in ways.items():
         spread = f"{r['seconds_min']:.1f}-{r['seconds_max']:.1f}"
         speed = 2 * size / r["seconds"] / 1e9
-        faster = ways["peft"]["seconds"] / r["seconds"]
-        limit = 100 * ways["copy"]["seconds"] / r["seconds"]
+        faster = ways["peft"]["seconds"] / r["seconds"] if "peft" in ways else float("nan")
+        limit = 100 * ways[LIMITS.get(way, "copy")]["seconds"] / r["seconds"]
         print(f"{way:10}{r['seconds']:9.2f}{spread:>16}{speed:10.2f}{r['extra_mib']:11.0f}{faster:8.2f}{limit:9.0f}")
 
 

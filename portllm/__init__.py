@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .extraction import Extraction as Extraction
     from .extraction import extract as extract
     from .fingerprint import stamp as stamp
+    from .inplace import CheckpointStatus as CheckpointStatus
+    from .inplace import InPlaceReport as InPlaceReport
+    from .inplace import checkpoint_status as checkpoint_status
+    from .inplace import remove_from_checkpoint as remove_from_checkpoint
     from .live import Applied as Applied
     from .live import apply as apply
     from .live import plan as plan
@@ -48,10 +52,12 @@ _HOMES = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "CheckpointStatus": "inplace",
     "Combined": "algebra",
     "Drift": "movement",
     "Exact": "undo",
     "Extraction": "extraction",
+    "InPlaceReport": "inplace",
     "Patch": "patch",
     "PatchBank": "bank",
     "PatchError": "errors",
@@ -64,6 +70,7 @@ _HOMES = {
     "apply": "live",
     "apply_checkpoint": "checkpoint",
     "cast": "algebra",
+    "checkpoint_status": "inplace",
     "combine": "algebra",
     "drift": "movement",
     "extract": "extraction",
@@ -72,6 +79,7 @@ _HOMES = {
     "plan": "live",
     "rebase": "rebasing",
     "remove": "live",
+    "remove_from_checkpoint": "inplace",
     "scale": "algebra",
     "stamp": "fingerprint",
     "swap": "undo",

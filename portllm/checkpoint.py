@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,28 @@ from torch import Tensor
 from .bind import ExpertLayout, Options, Tied, bind
 from .errors import CheckpointError, PlanError
 from .execute import execute
-from .files import check_destination, copy_range, fsync, named_errors, read_exactly, whole_or_absent, write_all
+from .files import (
+    check_destination,
+    clone,
+    copy_range,
+    fsync,
+    named_errors,
+    read_exactly,
+    whole_or_absent,
+    write_at,
+)
+from .inplace import InPlaceReport, apply_in_place
 from .live import Patches, as_patches
-from .planning import Assign, Plan, Region, Update
+from .pieces import TensorPlan, tensor_plans
+from .planning import Plan
 from .progress import Progress
-from .reference import FLOAT_DTYPES, rows_per_block
+from .reference import FLOAT_DTYPES
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
+from .stream import stream
 
-# Rows of a tensor are read, patched and written in pieces of about this many bytes.
+# Rows of a tensor are read, patched and written in pieces of about this many bytes, of which so many are in memory.
 CHUNK_BYTES = 32 << 20
+_IN_FLIGHT = 3
 # Weights in other formats, and what belongs to training: stale beside the patched weights, so left behind.
 _NOT_COPIED = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
@@ -84,9 +98,10 @@ def plan_checkpoint(
 def apply_checkpoint(
     model: str | os.PathLike[str],
     patch: Patches,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     scale: float = 1.0,
     *,
+    in_place: bool = False,
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
@@ -94,20 +109,29 @@ def apply_checkpoint(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     overwrite: bool = False,
+    link: bool = False,
     progress: bool = False,
-) -> CheckpointReport:
-    """Write a patched copy of a safetensors checkpoint; the model is never in memory.
+) -> CheckpointReport | InPlaceReport:
+    """Write a patched copy of a safetensors checkpoint, or patch it in place; the model is never in memory.
 
     Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns: one tensor). Shards,
     their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
     tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
 
+    In place, only the bytes that change are written, on top of patches that were applied so before; the model is then
+    what one merge of all of them into the pristine one gives. What takes them off again, to the last bit
+    (``portllm.remove_from_checkpoint``), lies beside the checkpoint, in ``.portllm``. After a crash, the next use of
+    the checkpoint through portllm completes what was begun, or takes it back.
+
     Args:
         model: a directory, a single safetensors file, or a hub id.
-        out: a directory (a file, if ``model`` is a file) that does not exist yet.
+        out: a directory (a file, if ``model`` is a file) that does not exist yet; None in place.
+        in_place: change the checkpoint itself; what would give a tensor another size, or a name of its own, is refused.
         resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
         dtype: also cast every floating-point tensor; the sum is rounded once, into this dtype.
         overwrite: replace ``out`` if it exists.
+        link: shards in which nothing changes become hard links, where the file system can: no copy, but whoever
+            writes to one of the two files changes both.
         progress: show a bar on stderr.
         Others: as ``portllm.apply``.
 
@@ -120,16 +144,25 @@ def apply_checkpoint(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
     patches = as_patches(patch, scale)
+    if in_place:
+        wrong = {"out": out is not None, "dtype": dtype is not None, "tied='untie'": tied == "untie", "resize": resize}
+        if any(wrong.values()):
+            named = ", ".join(name for name, given in wrong.items() if given)
+            raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
+    elif out is None:
+        raise CheckpointError(f"{model}: say where to write the patched copy (out), or in_place=True")
     checkpoint, made = plan_checkpoint(
         model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
     )
+    if out is None:
+        return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
     inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]
     check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
     with whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
         with Progress(sum(t.size for shard in job.shards for t in shard.tensors), enabled=progress) as bar:
-            job.write_shards(temporary, bar)
+            job.write_shards(temporary, bar, link)
         if not checkpoint.path.is_file():
             job.write_side_files(temporary)
     return CheckpointReport(
@@ -173,8 +206,91 @@ class _OutShard:
     tensors: tuple[_Out, ...]
 
     @property
+    def data_size(self) -> int:
+        return sum(t.size for t in self.tensors)
+
+    @property
     def size(self) -> int:
-        return len(self.header) + sum(t.size for t in self.tensors)
+        return len(self.header) + self.data_size
+
+
+class _File:
+    """A shard's new file, and the old one."""
+
+    def __init__(self, shard: _OutShard, path: Path) -> None:
+        self._shard, self.source, self.path = shard, shard.source.path, path
+        self.descriptors: tuple[int, ...] = ()
+
+    def link(self) -> bool:
+        """One file with two names; False where that cannot be, as between file systems."""
+        try:
+            os.link(os.path.realpath(self.source), self.path)
+        except OSError:
+            return False
+        return True
+
+    def create(self, *, share: bool) -> bool:
+        """Make the file with its header; returns whether it shares all that the old one holds, if that was asked."""
+        with named_errors(self.source):
+            self.descriptors = (os.open(self.source, os.O_RDONLY),)
+        with named_errors(self.path):
+            self.descriptors += (os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666),)
+            if share and clone(*self.descriptors):
+                return True
+            write_at(self.descriptors[1], memoryview(self._shard.header), 0)
+        return False
+
+    def finish(self) -> None:
+        if self.descriptors:
+            with named_errors(self.path):
+                os.fsync(self.descriptors[1])
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = ()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows [start, stop) of a tensor that changes."""
+
+    tensor: _Out
+    change: TensorPlan
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """``size`` bytes at ``at`` of a new file: those at ``origin`` of the old one, or ``piece``, or done already."""
+
+    file: _File
+    at: int
+    size: int
+    origin: int | None
+    piece: _Piece | None = None
+    is_shared: bool = False
+    is_last: bool = False
+
+    def joins(self, tensor: _Out, at: int) -> bool:
+        """Whether a tensor that stays, to be written at ``at``, follows on this part in both files."""
+        return (
+            self.origin is not None
+            and self.origin + self.size == tensor.stored.start
+            and self.at + self.size == at
+        )  # fmt: skip
+
+    def write(self, data: Tensor | None, bar: Progress) -> None:
+        with named_errors(self.file.path):
+            if data is not None:
+                write_at(self.file.descriptors[1], _bytes(data), self.at)
+            elif self.origin is not None and not self.is_shared:
+                old, new = self.file.descriptors
+                copy_range(old, new, self.origin, self.origin + self.size, self.at, bar.update)
+                return
+        bar.update(self.size)
 
 
 class _Job:
@@ -182,13 +298,8 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
         self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._updates: dict[str, list[Update]] = {}
-        self._assigns: dict[str, list[Assign]] = {}
-        for update in plan.updates:
-            self._updates.setdefault(update.name, []).append(update)
-        for assign in plan.assigns:
-            self._assigns.setdefault(assign.name, []).append(assign)
+        self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(_IN_FLIGHT)]
+        self._changes = tensor_plans(plan, {name: self._new_shape(name) for name in plan.tensors})
         self.shards = tuple(self._lay_out(shard) for shard in checkpoint.shards)
 
     def _lay_out(self, shard: Shard) -> _OutShard:
@@ -207,111 +318,100 @@ class _Job:
 
     def _lay_out_tensor(self, name: str, stored: Stored) -> _Out:
         cast = self._dtype is not None and stored.dtype in FLOAT_DTYPES
-        resized = next((a for a in self._assigns.get(name, ()) if a.resize), None)
-        shape = stored.shape if resized is None else tuple(resized.value.shape)
+        shape = self._changes[name].shape if name in self._changes else stored.shape
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
 
-    def write_shards(self, out: Path, bar: Progress) -> None:
-        """Write all shards; each is synced to disk while the next one is being written."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            synced = []
+    def write_shards(self, out: Path, bar: Progress, link: bool) -> None:
+        """Write all shards, as one stream of pieces; each shard is synced while the next one is being written."""
+        single = self._checkpoint.path.is_file()
+        with contextlib.ExitStack() as stack:
+            syncer = stack.enter_context(ThreadPoolExecutor(1))
+            parts: list[_Part] = []
             for shard in self.shards:
-                path = out if self._checkpoint.path.is_file() else out / shard.name
-                self._write_shard(shard, path, bar)
-                synced.append(pool.submit(fsync, path))
+                file = _File(shard, out if single else out / shard.name)
+                stack.callback(file.close)
+                parts += self._parts(shard, file, link)
+            synced: list[Future[None]] = []
+
+            def write(made: tuple[_Part, Tensor | None]) -> None:
+                part, data = made
+                part.write(data, bar)
+                if part.is_last:
+                    synced.append(syncer.submit(part.file.finish))
+
+            stream(parts, self._read, self._compute, write, _IN_FLIGHT)
             for future in synced:
                 future.result()
 
-    def _write_shard(self, shard: _OutShard, path: Path, bar: Progress) -> None:
-        origin = shard.source.path
-        with named_errors(path), open(origin, "rb", buffering=0) as source, open(path, "xb", buffering=0) as out:
-            write_all(out.fileno(), memoryview(shard.header))
-            for tensor in shard.tensors:
-                if tensor.name in self._updates or tensor.name in self._assigns or tensor.is_cast:
-                    for piece in self._patched(tensor, source.fileno(), origin):
-                        write_all(out.fileno(), piece)
-                        bar.update(piece.nbytes)
-                else:
-                    copy_range(source.fileno(), out.fileno(), tensor.stored.start, tensor.stored.stop, bar.update)
+    def _parts(self, shard: _OutShard, file: _File, link: bool) -> list[_Part]:
+        """What is to be written to a shard's file, which is made: runs of tensors that stay, pieces of the others."""
+        changing = [t for t in shard.tensors if t.name in self._changes or t.is_cast]
+        same = shard.header == _old_header(shard.source)
+        if same and link and not changing and file.link():
+            return [_Part(file, 0, shard.data_size, None)]
+        is_shared = file.create(share=same and len(changing) < len(shard.tensors))
+        parts: list[_Part] = []
+        at = len(shard.header)
+        for tensor in shard.tensors:
+            if tensor in changing:
+                parts += self._pieces(tensor, file, at)
+            elif parts and parts[-1].joins(tensor, at):
+                parts[-1] = replace(parts[-1], size=parts[-1].size + tensor.size)
+            else:
+                parts.append(_Part(file, at, tensor.size, tensor.stored.start, is_shared=is_shared))
+            at += tensor.size
+        return [*parts[:-1], replace(parts[-1], is_last=True)] if parts else [_Part(file, at, 0, None, is_last=True)]
 
-    def _patched(self, tensor: _Out, source: int, path: Path) -> Iterator[memoryview]:
-        """The bytes of a tensor that changes, a few rows at a time."""
-        stored, dtype = tensor.stored, tensor.stored.dtype
-        assert dtype is not None  # bind refuses kinds that torch does not know
-        assert tensor.dtype is not None
+    def _pieces(self, tensor: _Out, file: _File, at: int) -> Iterator[_Part]:
+        """A tensor that changes, a few rows at a time."""
         if 0 in tensor.shape:
             return
+        assert tensor.stored.dtype is not None  # bind refuses kinds that torch does not know
+        assert tensor.dtype is not None
+        change = self._changes.get(tensor.name) or TensorPlan((), (), tensor.shape)
+        row = change.columns * tensor.dtype.itemsize
+        for start, stop in change.pieces(max(1, CHUNK_BYTES // max(1, change.columns * tensor.stored.dtype.itemsize))):
+            yield _Part(file, at + start * row, (stop - start) * row, None, piece=_Piece(tensor, change, start, stop))
+
+    def _read(self, part: _Part, turn: int) -> tuple[_Part, Tensor | None]:
+        if part.piece is None:
+            return part, None
+        stored, change, start, stop = part.piece.tensor.stored, part.piece.change, part.piece.start, part.piece.stop
+        assert stored.dtype is not None
+        rows = self._scratch(turn, stop - start, change.columns, stored.dtype)
+        held = max(0, min(stop, change.matrix(stored.shape)[0]) - start)
+        with named_errors(part.file.source):
+            read_exactly(
+                part.file.descriptors[0],
+                _bytes(rows[:held]),
+                stored.start + start * change.columns * stored.dtype.itemsize,
+            )
+        return part, rows
+
+    def _compute(self, read: tuple[_Part, Tensor | None]) -> tuple[_Part, Tensor | None]:
+        part, rows = read
+        if part.piece is None or rows is None:
+            return read
+        tensor = part.piece.tensor
+        assert tensor.dtype is not None
         # Sum in the wider of the two dtypes, so that a cast rounds once.
-        work = torch.promote_types(dtype, tensor.dtype)
-        columns = self._matrix(tensor.name, tensor.shape)[1]
-        old_rows = self._matrix(tensor.name, stored.shape)[0]
-        for start, stop in self._pieces(tensor.name, tensor.shape, dtype.itemsize):
-            piece = self._scratch(stop - start, columns, dtype)
-            held = max(0, min(stop, old_rows) - start)
-            with named_errors(path):
-                read_exactly(source, _bytes(piece[:held]), stored.start + start * columns * dtype.itemsize)
-            piece = piece.to(work)
-            execute(self._plan_for(tensor, start, stop), {tensor.name: piece}, backend=self._backend)
-            yield _bytes(piece.to(tensor.dtype))
+        rows = rows.to(torch.promote_types(rows.dtype, tensor.dtype))
+        execute(part.piece.change.part(part.piece.start, part.piece.stop), {tensor.name: rows}, backend=self._backend)
+        return part, rows.to(tensor.dtype)
 
-    def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory for a piece, the same for each: fresh pages cost more than the read that fills them."""
+    def _scratch(self, turn: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a piece, used again: fresh pages cost more than the read that fills them."""
         size = rows * columns * dtype.itemsize
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
-        return self._memory[:size].view(dtype).view(rows, columns)
+        if self._memory[turn].numel() < size:
+            self._memory[turn] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[turn][:size].view(dtype).view(rows, columns)
 
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The tensor as the rows and columns that its updates speak of; stacked experts lie one below the other."""
-        leading = 2 if any(u.region.expert is not None for u in self._updates.get(name, ())) else 1
-        return math.prod(shape[:leading]), math.prod(shape[leading:])
-
-    def _pieces(self, name: str, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-        """Cut a tensor's rows: at the borders of its updates, and between them where the reference cuts as well.
-
-        Every backend then sees the same blocks as it does live, so that both ways give the same bits.
-        """
-        rows, columns = self._matrix(name, shape)
-        updates = self._updates.get(name, [])
-        over_columns = any(t.magnitude_axis == 1 and t.magnitude is not None for u in updates for t in u.terms)
-        if over_columns or len({u.region.shape[1] for u in updates}) > 1:
-            yield 0, rows  # norms over columns need all rows; blocks of several widths have no common borders
-            return
-        cuts = {0, rows, *range(0, rows if not updates else 0, rows_per_block(columns))}
-        for update in updates:
-            first, last = _flat_rows(update, shape)
-            cuts.update(range(first, last, rows_per_block(update.region.shape[1])))
-            cuts.add(last)
-        start = previous = 0
-        limit = max(1, CHUNK_BYTES // max(1, columns * itemsize))
-        for cut in sorted(cuts):
-            if cut - start > limit and previous > start:
-                yield start, previous
-                start = previous
-            previous = cut
-        yield start, rows
+    def _new_shape(self, name: str) -> tuple[int, ...]:
+        resized = next((a for a in self._plan.assigns if a.name == name and a.resize), None)
+        return self._shape(name) if resized is None else tuple(resized.value.shape)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._checkpoint.locations[self._plan.untie.get(name, name)][1].shape
-
-    def _plan_for(self, tensor: _Out, start: int, stop: int) -> Plan:
-        """The part of the plan that falls on rows [start, stop) of a tensor seen as a matrix."""
-        rows, columns = self._matrix(tensor.name, tensor.shape)
-        per_entry = rows // tensor.shape[0] if tensor.shape else 1
-        assigns = [
-            part
-            for assign in self._assigns.get(tensor.name, ())
-            if (part := _assign_for(assign, start, stop, columns, per_entry)) is not None
-        ]
-        updates = []
-        for update in self._updates.get(tensor.name, ()):
-            first, last = _flat_rows(update, tensor.shape)
-            low, high = max(first, start), min(last, stop)
-            if low < high:
-                terms = tuple(t.cut(slice(low - first, high - first), slice(None)) for t in update.terms)
-                region = Region(None, (low - start, high - start), update.region.columns)
-                updates.append(replace(update, region=region, terms=terms))
-        return Plan(tuple(updates), tuple(assigns))
 
     def write_side_files(self, out: Path) -> None:
         """Index, configuration, tokenizer and all else that is not weights."""
@@ -361,27 +461,6 @@ class _Job:
                 if assign.resize and part.get("vocab_size") == self._shape(assign.name)[0]:
                     part["vocab_size"] = len(assign.value)
         return config if config and config != self._checkpoint.config else None
-
-
-def _flat_rows(update: Update, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows of an update when stacked experts lie one below the other."""
-    offset = 0 if update.region.expert is None else update.region.expert * shape[1]
-    return offset + update.region.rows[0], offset + update.region.rows[1]
-
-
-def _assign_for(assign: Assign, start: int, stop: int, columns: int, per_entry: int) -> Assign | None:
-    """The part of an Assign on rows [start, stop) of the matrix; ``per_entry`` rows make one of the first dimension."""
-    value = assign.value.reshape(-1, columns)
-    if assign.by_index:
-        assert assign.rows is not None
-        inside = [i for i, row in enumerate(assign.rows) if start <= row < stop]
-        rows = tuple(assign.rows[i] - start for i in inside)
-        return replace(assign, value=value[inside], rows=rows) if inside else None
-    first = 0 if assign.rows is None else assign.rows[0] * per_entry
-    low, high = max(first, start), min(first + len(value), stop)
-    if low >= high:
-        return None
-    return replace(assign, value=value[low - first : high - first], rows=(low - start, high - start), resize=False)
 
 
 def _old_header(shard: Shard) -> bytes:

@@ -18,6 +18,7 @@ from .errors import PortllmError
 if TYPE_CHECKING:
     import torch
 
+    from .inplace import InPlaceReport
     from .movement import Drift
     from .patch import Patch
 
@@ -27,9 +28,11 @@ examples:
   portllm check ./adapter ./evolved-model --base ./base-model
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
+  portllm apply ./adapter ./evolved-model --in-place
+  portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
 
-exit codes: 0 done; 2 bad input, nothing was written; 130 interrupted, nothing was written
+exit codes: 0 done; 1 status --verify found changes; 2 bad input, 130 interrupted, nothing was written
 """
 
 
@@ -76,8 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     _dtype_argument(command)
     command.add_argument("--backend", default="auto", help="auto, torch, cpu or triton")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--link", action="store_true", help="hard links for shards in which nothing changes")
+    command.add_argument("--in-place", action="store_true", help="change MODEL itself; `portllm remove` takes it back")
     command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    command = _command(commands, "remove", _remove, "take patches off that were applied in place, to the last bit")
+    command.add_argument("model", metavar="MODEL", help="safetensors checkpoint: directory or file")
+    command.add_argument("--patch", metavar="NAME", help="only this one, see `portllm status` (default: all)")
+    command.add_argument(
+        "--subtract", action="store_true", help="where somebody else has changed the weights: subtract, not exactly"
+    )
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    command = _command(commands, "status", _status, "what is applied to a checkpoint in place?")
+    command.add_argument("model", metavar="MODEL", help="safetensors checkpoint: directory or file")
+    command.add_argument("--verify", action="store_true", help="read what was changed, and compare it with its hashes")
+    command.add_argument("--recover", action="store_true", help="complete what a crash has cut short, or take it back")
 
     command = _command(commands, "check", _check, "will a patch fit a model, how large is it, is the model its base?")
     command.add_argument("patch", metavar="PATCH")
@@ -236,6 +254,7 @@ def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
 def _apply(arguments: argparse.Namespace) -> int:
     patches = _scaled_patches(arguments)
     from .checkpoint import apply_checkpoint, plan_checkpoint
+    from .inplace import InPlaceReport
 
     options = _binding(arguments) | {"resize": arguments.resize_vocab}
     if arguments.dry_run:
@@ -260,22 +279,27 @@ def _apply(arguments: argparse.Namespace) -> int:
             _print_warnings(plan.warnings)
             print(f"would change {len(plan.tensors)} tensors; nothing was written")
         return 0
-    if arguments.out is None:
-        raise PortllmError("say where to write with -o OUT (or --dry-run)")
+    if arguments.out is None and not arguments.in_place:
+        raise PortllmError("say where to write with -o OUT (or --dry-run, or --in-place)")
     report = apply_checkpoint(
         arguments.model,
         patches,
         arguments.out,
+        in_place=arguments.in_place,
         **options,
         dtype=_dtype(arguments),
         backend=arguments.backend,
         overwrite=arguments.overwrite,
+        link=arguments.link,
         progress=not (arguments.quiet or arguments.json),
     )
     if arguments.json:
         _print_json(report.as_dict())
         return 0
     _print_warnings(report.warnings)
+    if isinstance(report, InPlaceReport):
+        _print_in_place(report)
+        return 0
     print(f"patched {report.tensors_updated} tensors, copied {report.tensors_copied}, in {report.shards} shards")
     print(
         f"read {report.bytes_read / 1e9:.2f} GB and wrote {report.bytes_written / 1e9:.2f} GB "
@@ -283,6 +307,53 @@ def _apply(arguments: argparse.Namespace) -> int:
     )
     print(report.out)
     return 0
+
+
+def _print_in_place(report: InPlaceReport) -> None:
+    print(f"changed {report.tensors_changed} tensors, {report.bytes_changed / 1e9:.2f} GB, in {report.seconds:.1f} s")
+    for name in report.not_exact:
+        print(f"warning: {name} had been changed since: subtracted, not exactly", file=sys.stderr)
+    undo = f"; {report.undo_bytes / 1e6:.1f} MB take them off again" if report.patches else ""
+    print(f"{report.model}: {' + '.join(report.patches) or 'no patch'} applied{undo}")
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from .inplace import remove_from_checkpoint
+
+    quiet = arguments.quiet or arguments.json
+    report = remove_from_checkpoint(arguments.model, arguments.patch, subtract=arguments.subtract, progress=not quiet)
+    if arguments.json:
+        _print_json(report.as_dict())
+    else:
+        _print_in_place(report)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .inplace import checkpoint_status, recover
+
+    recovered = arguments.recover and recover(Path(arguments.model))
+    status = checkpoint_status(arguments.model, verify=arguments.verify)
+    if arguments.json:
+        _print_json(status.as_dict() | {"recovered": recovered})
+        return 0
+    if recovered:
+        print("what was cut short has been completed, or taken back")
+    if status.pending:
+        print("an operation is going on, or was cut short: --recover completes it, or takes it back")
+    if not status.patches:
+        print("no patch is applied in place")
+        return 0
+    rows = [("patch", "strength", "rank", "applied", "from")]
+    rows += [(p.name, f"{p.strength:g}", ",".join(map(str, p.ranks)), p.applied, p.source) for p in status.patches]
+    _print_table(rows)
+    numbers = f"{status.tensors} tensors, {status.bytes / 1e9:.2f} GB, in {len(status.files)} files"
+    bits = 8 * status.undo_bytes / max(1, status.bytes)
+    print(f"{numbers}; the undo record takes {status.undo_bytes / 1e6:.1f} MB ({bits:.3f} bits a byte)")
+    print(f"summed by: {'; '.join(status.summed_by) or 'nothing'}")
+    if status.verified:
+        print(f"changed since: {', '.join(status.changed)}" if status.changed else "all bytes are as they were left")
+    return 1 if status.changed else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -1,18 +1,23 @@
-"""Files on disk: exact reads, copies in the kernel, errors that name the file, outputs that are whole or absent."""
+"""Files on disk: exact reads, copies in the kernel, locks, errors that name the file, outputs whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError
 from .execute import hold_interrupts
 
 COPY_BYTES = 32 << 20
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> None:
@@ -30,14 +35,81 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def copy_range(source: int, out: int, start: int, stop: int, progress: Callable[[int], None]) -> None:
-    """Copy bytes in the kernel where it can (it may share extents), else through a buffer."""
+def undo_directory(model: Path) -> Path:
+    """Where what takes patches off a checkpoint again lies beside it (``portllm.undostore``)."""
+    return model / ".portllm" if model.is_dir() else model.with_name(f".{model.name}.portllm")
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; raises OSError."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by JSON, all of it or nothing, synced to disk; raises OSError."""
+    temporary = path.with_name(f"{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(descriptor, memoryview(json.dumps(value, indent=1).encode()))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file ``path`` locked against other processes, and other threads of this one.
+
+    Raises:
+        CheckpointError: somebody else holds it; names who.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise CheckpointError(
+                f"{path.parent}: in use by {holder or 'another process'}; wait until it is done"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            break
+        os.close(descriptor)  # whoever held it before has removed it
+    try:
+        with contextlib.suppress(OSError):  # a full disk: then nobody can tell who it is
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clone(source: int, out: int) -> bool:
+    """Let a new file share all blocks of another one, until one of both is changed; False where that cannot be."""
+    try:
+        fcntl.ioctl(out, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def copy_range(
+    source: int, out: int, start: int, stop: int, to: int, progress: Callable[[int], None] = lambda count: None
+) -> None:
+    """Copy bytes to offset ``to``, in the kernel where it can (it may share extents), else through a buffer."""
     in_kernel = hasattr(os, "copy_file_range")
     while start < stop:
         count = min(COPY_BYTES, stop - start)
         if in_kernel:
             try:
-                count = os.copy_file_range(source, out, count, start)
+                count = os.copy_file_range(source, out, count, start, to)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
                     raise
@@ -48,8 +120,8 @@ def copy_range(source: int, out: int, start: int, stop: int, progress: Callable[
         else:
             data = memoryview(bytearray(count))
             read_exactly(source, data, start)
-            write_all(out, data)
-        start += count
+            write_at(out, data, to)
+        start, to = start + count, to + count
         progress(count)
 
 
@@ -83,9 +155,15 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool, size: int)
                 raise CheckpointError(f"{out}: lies in the input {path}; write elsewhere")
         if os.path.lexists(place) and not overwrite:
             raise CheckpointError(f"{out}: exists already; choose another name, or overwrite=True (--overwrite)")
-        free = shutil.disk_usage(next(p for p in place.parents if p.exists())).free
+    check_space(out, size, "; write elsewhere")
+
+
+def check_space(path: Path, size: int, fix: str = "; free some space") -> None:
+    """Refuse to begin what does not fit on the disk; raises CheckpointError."""
+    with named_errors(path):
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
     if free < size:
-        raise CheckpointError(f"{out}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; write elsewhere")
+        raise CheckpointError(f"{path}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free{fix}")
 
 
 def _parent(out: Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bind import Target
 from .errors import CheckpointError
-from .files import read_exactly
+from .files import read_exactly, undo_directory
 from .hub import resolve
 from .naming import split, tied_names
 
@@ -67,6 +67,10 @@ class Shard:
     tensors: tuple[Stored, ...]
     data_start: int
     size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 def read_shard(path: Path) -> Shard:
@@ -120,13 +124,18 @@ class Checkpoint:
         return cls.open(resolve(model, what="model", allow=_MODEL_FILES))
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, *, recover: bool = True) -> Checkpoint:
         """Find the files of a checkpoint and read their headers.
 
+        Args:
+            recover: first complete an operation in place that a crash has cut short (``portllm.inplace``).
+
         Raises:
-            CheckpointError: no safetensors files, a broken one, an index that names a missing file or tensor, or
-                a path outside the directory.
+            CheckpointError: no safetensors files, a broken one, an index that names a missing file or tensor,
+                a path outside the directory, or another process that changes it just now.
         """
+        if recover:
+            _recover(path)
         if path.is_file():
             return cls(path, (read_shard(path),), None, {})
         if not path.is_dir():
@@ -184,6 +193,15 @@ class Checkpoint:
         if family is None:
             return None
         return family in _CONV1D_FAMILIES and split(name)[1] in _CONV1D_LAYERS
+
+
+def _recover(path: Path) -> None:
+    owners = [path, *path.glob("*.safetensors")] if path.is_dir() else [path, path.parent]
+    for owner in owners:
+        if undo_directory(owner).exists():
+            from .inplace import recover
+
+            recover(owner)
 
 
 def read_tensor(shard: Shard, stored: Stored) -> Tensor:

@@ -657,7 +657,7 @@ def full(code: int = errno.ENOSPC, path: Path = Path("somewhere")) -> OSError:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "os.write": (os, "write"),
+    "os.pwrite": (os, "pwrite"),
     "os.copy_file_range": (os, "copy_file_range"),
     "os.preadv": (os, "preadv"),
     "os.fsync": (os, "fsync"),
@@ -669,9 +669,9 @@ CALLS: dict[str, tuple[Any, str]] = {
     "execute": (checkpoint, "execute"),
 }
 ENVIRONMENT = [
-    ("os.write", errno.ENOSPC, "free some space"),
-    ("os.write", errno.EIO, "Input/output error"),
-    ("os.write", errno.EDQUOT, "quota"),
+    ("os.pwrite", errno.ENOSPC, "free some space"),
+    ("os.pwrite", errno.EIO, "Input/output error"),
+    ("os.pwrite", errno.EDQUOT, "quota"),
     ("os.copy_file_range", errno.ENOSPC, "free some space"),
     ("os.copy_file_range", errno.EIO, "Input/output error"),
     ("os.preadv", errno.EIO, "Input/output error"),
@@ -749,7 +749,7 @@ def assert_whole(world: World) -> None:
     "name, code",
     [
         ("Path.mkdir", errno.ENOSPC),
-        ("os.write", errno.ENOSPC),
+        ("os.pwrite", errno.ENOSPC),
         ("os.fsync", errno.EIO),
         ("shutil.copyfile", errno.EACCES),
     ],
@@ -851,7 +851,7 @@ def test_no_parents_are_left_behind(world: World) -> None:
 
 
 def test_no_parents_are_left_behind_by_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "write", Failing(os.write, 2, full()))
+    monkeypatch.setattr(os, "pwrite", Failing(os.pwrite, 2, full()))
     world.refuses(apply=(world.adapter, world.model, "-o", world.path / "a/b/out"))
 
 

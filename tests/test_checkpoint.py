@@ -20,6 +20,7 @@ from torch import Tensor
 
 import portllm
 from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, files, ops, reference
+from portllm.pieces import TensorPlan
 from portllm.shards import Checkpoint
 
 from . import tiny
@@ -325,14 +326,14 @@ class Rich:
 
 def _count_pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     counted = []
-    original = checkpoint._Job._pieces
+    original = TensorPlan.pieces
 
-    def pieces(self: Any, name: str, *rest: Any) -> Any:
-        result = list(original(self, name, *rest))
+    def pieces(self: Any, limit: int) -> Any:
+        result = list(original(self, limit))
         counted.append(len(result))
         return iter(result)
 
-    monkeypatch.setattr(checkpoint._Job, "_pieces", pieces)
+    monkeypatch.setattr(TensorPlan, "pieces", pieces)
     return lambda: max(counted)
 
 
@@ -634,6 +635,43 @@ def test_file_systems_that_cannot_copy_in_the_kernel(
     adapter = write_adapter(tmp_path / "adapter")
     apply_checkpoint(write_model(tmp_path / "model", named), adapter, tmp_path / "out")
     assert len(calls) >= at
+    assert_same(read_model(tmp_path / "out"), live(named, adapter))
+
+
+def test_hard_links_where_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tensors()
+    model = write_model(tmp_path / "model", named, shards=len(named))
+    adapter = write_adapter(tmp_path / "adapter")
+    apply_checkpoint(model, adapter, tmp_path / "out", link=True)
+    assert_same(read_model(tmp_path / "out"), live(named, adapter))
+    linked = [path.name for path in model.glob("*.safetensors") if path.samefile(tmp_path / "out" / path.name)]
+    assert len(linked) == len(named) - len(MODULES)
+    apply_checkpoint(model, adapter, tmp_path / "wide", link=True, dtype=torch.float32)
+    assert not any(path.samefile(tmp_path / "wide" / path.name) for path in model.glob("*.safetensors"))
+
+    def no_links(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", no_links)
+    apply_checkpoint(model, adapter, tmp_path / "copied", link=True)
+    assert snapshot(tmp_path / "copied") == snapshot(tmp_path / "out")
+
+
+def test_file_systems_that_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file can be cloned, only what changes is written; here the clone is a copy."""
+    named = tensors()
+    model, adapter = write_model(tmp_path / "model", named), write_adapter(tmp_path / "adapter")
+
+    def clone(source: int, out: int) -> bool:
+        os.pwrite(out, os.pread(source, os.fstat(source).st_size, 0), 0)
+        return True
+
+    def never(*arguments: Any) -> int:
+        raise AssertionError("copied what is shared already")
+
+    monkeypatch.setattr(checkpoint, "clone", clone)
+    monkeypatch.setattr(os, "copy_file_range", never)
+    apply_checkpoint(model, adapter, tmp_path / "out")
     assert_same(read_model(tmp_path / "out"), live(named, adapter))
 
 
