@@ -349,7 +349,11 @@ def test_ignore_setting(run: Run, model: Path, tmp_path: Path) -> None:
 
 
 def test_the_output_must_be_named(run: Run, model: Path, adapter: Path) -> None:
-    assert run("apply", adapter, model) == (2, "", "portllm: say where to write with -o OUT (or --dry-run, or --in-place)\n")
+    assert run("apply", adapter, model) == (
+        2,
+        "",
+        "portllm: say where to write with -o OUT (or --dry-run, or --in-place)\n",
+    )
 
 
 def test_hub_ids(run: Run, model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
