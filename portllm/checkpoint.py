@@ -325,12 +325,12 @@ class _Job:
         """Write all shards, as one stream of pieces; each shard is synced while the next one is being written."""
         single = self._checkpoint.path.is_file()
         with contextlib.ExitStack() as stack:
-            syncer = stack.enter_context(ThreadPoolExecutor(1))
             parts: list[_Part] = []
             for shard in self.shards:
                 file = _File(shard, out if single else out / shard.name)
                 stack.callback(file.close)
                 parts += self._parts(shard, file, link)
+            syncer = stack.enter_context(ThreadPoolExecutor(1))  # last, so that it ends before files are closed
             synced: list[Future[None]] = []
 
             def write(made: tuple[_Part, Tensor | None]) -> None:
