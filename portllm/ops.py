@@ -110,12 +110,13 @@ def lowrank_exchange_(
     chosen = {kind: "torch" if name == "cuda" else name for kind, name in backends_for(weights, backend).items()}
     names = [chosen[weight.device, weight.dtype] for weight in weights]
     starts = [0, *accumulate(n_terms)]
+    sums = {name: _summed_by(name) for name in {*names} - {"triton"}}  # asked once: it asks the library
     for i, (record, old) in enumerate(zip(records, n_old, strict=True)):
         if (record is None) != (old == 0):
             raise ValueError(f"lowrank_exchange_: weights[{i}] has {old} old terms and {record}")
         if record is not None:
             terms = slice(starts[i], starts[i] + old)
-            by = _summed_by(names[i], weights[i], lora_A[terms], lora_B[terms])
+            by = sums.get(names[i]) or _summed_by(names[i], weights[i], lora_A[terms], lora_B[terms])
             if record.by != by:
                 raise BackendError(
                     f"the terms of weights[{i}] were added by {record.by} and can be taken off by nothing else, which "
@@ -147,7 +148,7 @@ def lowrank_exchange_(
                     (lora_A[part], lora_B[part], scalings[part])
                     for part in (slice(starts[i], middle), slice(middle, starts[i + 1]))
                 )
-                made[i] = exchange_(weights[i], before, after, records[i], _summed_by(name))
+                made[i] = exchange_(weights[i], before, after, records[i], sums[name])
     return made
 
 
@@ -188,9 +189,10 @@ def _exchange_cpu(
     except RuntimeError as error:
         raise RecordError(str(error).splitlines()[0]) from error
     made: list[Record | None] = []
+    by = _summed_by("cpu")
     chunk = byte = 0
     for count, (chunks, bytes_) in zip(n_new, ends.view(-1, 2).tolist(), strict=True):
-        made.append(Record(new_lengths[chunk:chunks], new_data[byte:bytes_], _summed_by("cpu")) if count else None)
+        made.append(Record(new_lengths[chunk:chunks], new_data[byte:bytes_], by) if count else None)
         chunk, byte = chunks, bytes_
     return made
 

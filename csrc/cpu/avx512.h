@@ -121,16 +121,28 @@ struct Avx512Single {
     }
   }
 
+  // The lanes where the updated weight has the larger exponent.
+  template <class E>
+  static auto members(__m512i after, __m512i guessed) {
+    if constexpr (sizeof(E) == 2) {
+      const __m512i exponent = _mm512_set1_epi16(kExponent<E>);
+      return _mm512_cmpgt_epu16_mask(_mm512_and_si512(after, exponent),
+                                     _mm512_and_si512(guessed, exponent));
+    } else {
+      const __m512i exponent = _mm512_set1_epi32(kExponent<E>);
+      return _mm512_cmpgt_epu32_mask(_mm512_and_si512(after, exponent),
+                                     _mm512_and_si512(guessed, exponent));
+    }
+  }
+
   template <class S, class E>
   static void record(E* w, Vec first, Vec second, int column, Log<Bits<E>>& log) {
     if constexpr (sizeof(E) == 2) {
       const __m512i before = _mm512_loadu_si512(w);
       S::update(w, first, second);
-      const __m512i exponent = _mm512_set1_epi16(kExponent<E>);
       const __m512i after = _mm512_loadu_si512(w);
       const __m512i guessed = guess(w, after, first, second);
-      const __mmask32 member = _mm512_cmpgt_epu16_mask(_mm512_and_si512(after, exponent),
-                                                       _mm512_and_si512(guessed, exponent));
+      const __mmask32 member = members<E>(after, guessed);
       const __m512i code = _mm512_sub_epi16(before, guessed);
       const __mmask32 stray = _mm512_test_epi16_mask(code, code) & ~member;
       S::compress(log.codes + log.members, member, code);
@@ -139,14 +151,11 @@ struct Avx512Single {
     } else {
       const __m512i before[] = {_mm512_loadu_si512(w), _mm512_loadu_si512(w + kWidth)};
       S::update(w, first, second);
-      const __m512i exponent = _mm512_set1_epi32(kExponent<E>);
       const Vec sums[] = {first, second};
       for (int i = 0; i < 2; ++i) {
         const Vec after = load(w + i * kWidth);
         const __m512i guessed = _mm512_castps_si512(_mm512_sub_ps(after, sums[i]));
-        const __mmask16 member =
-            _mm512_cmpgt_epu32_mask(_mm512_and_si512(_mm512_castps_si512(after), exponent),
-                                    _mm512_and_si512(guessed, exponent));
+        const __mmask16 member = members<E>(_mm512_castps_si512(after), guessed);
         const __m512i code = _mm512_sub_epi32(before[i], guessed);
         const __mmask16 stray = _mm512_test_epi32_mask(code, code) & ~member;
         const __m512i codes = _mm512_maskz_compress_epi32(member, code);
@@ -161,23 +170,18 @@ struct Avx512Single {
   template <class S, class E>
   static void restore(E* w, Vec first, Vec second, Log<Bits<E>>& log) {
     if constexpr (sizeof(E) == 2) {
-      const __m512i exponent = _mm512_set1_epi16(kExponent<E>);
       const __m512i after = _mm512_loadu_si512(w);
       const __m512i guessed = guess(w, after, first, second);
-      const __mmask32 member = _mm512_cmpgt_epu16_mask(_mm512_and_si512(after, exponent),
-                                                       _mm512_and_si512(guessed, exponent));
+      const __mmask32 member = members<E>(after, guessed);
       const __m512i code = S::expand(member, log.codes + log.next);
       log.next += __builtin_popcount(member);
       _mm512_storeu_si512(w, _mm512_add_epi16(guessed, code));
     } else {
-      const __m512i exponent = _mm512_set1_epi32(kExponent<E>);
       const Vec sums[] = {first, second};
       for (int i = 0; i < 2; ++i) {
         const Vec after = load(w + i * kWidth);
         const __m512i guessed = _mm512_castps_si512(_mm512_sub_ps(after, sums[i]));
-        const __mmask16 member =
-            _mm512_cmpgt_epu32_mask(_mm512_and_si512(_mm512_castps_si512(after), exponent),
-                                    _mm512_and_si512(guessed, exponent));
+        const __mmask16 member = members<E>(_mm512_castps_si512(after), guessed);
         const __m512i codes = _mm512_loadu_si512(log.codes + log.next);
         log.next += __builtin_popcount(member);
         const __m512i code = _mm512_maskz_expand_epi32(member, codes);
