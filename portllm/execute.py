@@ -17,9 +17,9 @@ from .errors import PlanError
 from .planning import Assign, Plan, Term, Update
 from .reference import accumulation_dtype, row_blocks
 
-# Takes an update and, for each of its terms that has a magnitude, the squares that ``dora.lowrank_dora_squares`` sums
-# over what is here of the vectors; returns those over whole vectors.
-Reduce = Callable[[Update, Sequence[Tensor]], Sequence[Tensor]]
+# Takes, for each DoRA update of the plan and each of its terms that has a magnitude, the squares that
+# ``dora.lowrank_dora_squares`` sums over what is here of the vectors; returns all of those over whole vectors.
+Reduce = Callable[[Sequence[Sequence[Tensor]]], Sequence[Tensor]]
 
 
 def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> None:
@@ -37,17 +37,20 @@ def prepare(
 
     Args:
         tensors: must have every name in ``plan.tensors``.
-        reduce: where DoRA's vectors are cut: called by the call that writes, after values are replaced and before
-            anything is added, for each DoRA update in the plan's order. The squares that it is given lie on the
-            update's tensor's device; it returns those over whole vectors there. None: vectors are whole here.
+        reduce: where DoRA's vectors are cut: called once by the call that writes, after values are replaced and before
+            anything is added, even if there is no DoRA update here. What it is given lies on the updates' tensors'
+            devices, and so does what it returns. None: vectors are whole here.
 
     Returns:
         The call, which may be made more than once. It finds a weight that has got other memory since, or, where
         DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
+        PlanError: DoRA's vectors are cut, and there is no ``reduce``.
         BackendError, ValueError, torch.OutOfMemoryError: nothing has been written then.
     """
+    if reduce is None:
+        plan.check_vectors()
     to_device = Mover()
     # Those that must stay as they are. A whole matrix need not, the op looks at it anew; a view of a tensor would go on
     # writing to its old memory.
@@ -86,7 +89,7 @@ def prepare(
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
             for assign, tensor, value in assigns:
                 assign_(assign, tensor, value)
-            if dora_weights:
+            if dora_weights or reduce is not None:
                 dora_(dora_weights, dora_updates, backend=backend, reduce=reduce)
             add()
 
@@ -128,8 +131,7 @@ def dora_(
     squares: list[Tensor] = []
     if reduce is not None:
         here = iter(dora.lowrank_dora_squares(weights, lora_A, lora_B, scalings, n_terms, axes, backend))
-        for update in updates:
-            squares += reduce(update, [next(here) for term in update.terms if term.magnitude is not None])
+        squares += reduce([[next(here) for t in update.terms if t.magnitude is not None] for update in updates])
     dora.lowrank_dora_(weights, lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths, squares, backend)
 
 

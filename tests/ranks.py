@@ -55,4 +55,7 @@ def start(function: str, *arguments: Any) -> None:
     torch.distributed.init_process_group("gloo", f"file://{os.environ['MEET']}", rank=rank, world_size=world)
     module, _, name = function.rpartition(".")
     getattr(import_module(f"tests.{module}"), name)(*arguments)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can outlive the interpreter, which then ends with an error of its own

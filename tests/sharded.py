@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import portllm
+from portllm import dora, ops
 
 from .families import FAMILIES
 
@@ -27,13 +28,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_same(model: nn.Module, truth: nn.Module) -> None:
-    """Every parameter is bit for bit the truth's."""
+def assert_same(model: nn.Module, truth: nn.Module, *, to_rounding: bool = False) -> None:
+    """Every parameter is bit for bit the truth's, or, where the sums depend on the matrices' shapes, to rounding."""
     expected = dict(truth.named_parameters())
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
-    wrong = [name for name, p in found.items() if not torch.equal(whole(p.detach()), expected[name].detach())]
-    assert not wrong, wrong
+    for name, parameter in found.items():
+        got, wanted = whole(parameter.detach()), expected[name].detach()
+        if to_rounding:
+            torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert torch.equal(got, wanted), name
+
+
+def sums_depend_on_shapes(path: str) -> bool:
+    """Plain torch multiplies matrices of other shapes in another order; the compiled library does not."""
+    return ops.unavailable("cpu") is not None or ("dora" in path and "cpu" not in dora._BACKENDS)
 
 
 class Traffic(TorchDispatchMode):
@@ -128,6 +138,7 @@ def worlds(size: int) -> dict[str, World]:
 def build(family: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The same model on every rank."""
     torch.manual_seed(seed)
+    family = family.removesuffix(", dora")
     return FAMILIES[family].build(vocab_size=97).to(dtype)  # type: ignore[return-value]
 
 
@@ -137,7 +148,7 @@ def layouts(seed: int, adapters: dict[str, list[str]], only: list[str]) -> None:
     chosen = {name: world for name, world in worlds(size).items() if not only or name in only}
     for layout, world in chosen.items():
         for family, paths in adapters.items():
-            if "tensor parallel" in layout and family != "llama":
+            if "tensor parallel" in layout and not family.startswith("llama"):
                 continue
             base = build(family, seed)
             truth = copy.deepcopy(base)
@@ -147,18 +158,26 @@ def layouts(seed: int, adapters: dict[str, list[str]], only: list[str]) -> None:
             memory = {name: _memory(p) for name, p in kept.items()}
             with Traffic() as traffic:
                 portllm.apply(model, paths)
-            assert traffic.bytes <= 8 * 4, (layout, family, traffic.bytes)
-            assert_same(model, truth)
+            # A number for each mesh dimension before the writes, and for each of DoRA's vectors that is cut, on two.
+            vectors = sum(sum(p.shape[:-1]) for p in base.parameters() if p.dim() == 2) if "dora" in paths[0] else 0
+            assert traffic.bytes <= 8 * (4 + 2 * vectors), (layout, family, traffic.bytes)
+            loose = sums_depend_on_shapes(paths[0])
+            assert_same(model, truth, to_rounding=loose)
             for name, parameter in model.named_parameters():
                 assert parameter is kept[name]
                 assert _memory(parameter) == memory[name]
             model = world(copy.deepcopy(base))
+            if "dora" in paths[0] and traffic.bytes > 8 * 4:
+                with pytest.raises(portllm.PlanError, match="DoRA needs the norms of whole vectors"):
+                    portllm.apply(model, paths[0], undo="exact")
+                assert_same(model, base)
+                continue
             handle = portllm.apply(model, paths[0], undo="exact")
             other = portllm.apply(model, paths[-1], 0.5, undo="exact")
             handle.remove()
             truth = copy.deepcopy(base)
             portllm.apply(truth, paths[-1], 0.5)
-            assert_same(model, truth)
+            assert_same(model, truth, to_rounding=loose)
             other.remove()
             assert_same(model, base)
 
@@ -170,7 +189,7 @@ def _memory(tensor: Tensor) -> int:
 
 def exact(seed: int, adapters: dict[str, list[str]]) -> None:
     """Swaps, banks and subtraction on a sharded model; state dicts of it as targets."""
-    paths = adapters["llama"]
+    paths, loose = adapters["llama"], sums_depend_on_shapes("")
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     base = build("llama", seed)
     model = fsdp(mesh)(copy.deepcopy(base))
@@ -182,22 +201,22 @@ def exact(seed: int, adapters: dict[str, list[str]]) -> None:
         bank.add(name, path)
     for name, truth in [("a", truths[0]), ("b", truths[1]), ("a", truths[0])]:
         bank.use(name)
-        assert_same(model, truth)
+        assert_same(model, truth, to_rounding=loose)
     bank.use()
     assert_same(model, base)
     with portllm.applied(model, paths[0]) as handle:
         new = portllm.swap(model, handle, paths[1])
-        assert_same(model, truths[1])
+        assert_same(model, truths[1], to_rounding=loose)
         new.swap(handle)
-        assert_same(model, truths[0])
+        assert_same(model, truths[0], to_rounding=loose)
     assert_same(model, base)
 
     state = model.state_dict()
     portllm.apply(state, paths[0])
-    assert_same(model, truths[0])
+    assert_same(model, truths[0], to_rounding=loose)
     portllm.remove(model, paths[0])
     portllm.remove(truths[0], paths[0])
-    assert_same(model, truths[0])
+    assert_same(model, truths[0], to_rounding=loose)
 
 
 def gathered(seed: int, adapters: dict[str, list[str]]) -> None:
@@ -216,7 +235,7 @@ def gathered(seed: int, adapters: dict[str, list[str]]) -> None:
         torch.testing.assert_close(model(ids).logits, truth(ids).logits)
         for layer in [*layers_of(model), model]:
             layer.reshard()  # type: ignore[operator]
-    assert_same(model, truth)
+    assert_same(model, truth, to_rounding=sums_depend_on_shapes(""))
 
 
 def together(seed: int, adapters: dict[str, list[str]]) -> None:

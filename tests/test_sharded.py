@@ -24,6 +24,8 @@ _SETTINGS: dict[str, list[dict[str, Any]]] = {
     "qwen3": [{"target_modules": ["q_proj", "k_proj", "embed_tokens", "down_proj"]}],
     "gpt2": [{}, {"bias": "lora_only"}],
     "mixtral": [{}],
+    "llama, dora": [{"use_dora": True}],
+    "gpt2, dora": [{"use_dora": True, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only"}],
 }
 
 
@@ -33,7 +35,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("adapters")
     made: dict[str, list[str]] = {}
     for name, several in _SETTINGS.items():
-        family = FAMILIES[name]
+        family = FAMILIES[name.removesuffix(", dora")]
         for i, settings in enumerate(several):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
