@@ -18,6 +18,7 @@ from .patch import Patch
 from .planning import Plan
 
 if TYPE_CHECKING:
+    from .layouts import Layout
     from .undo import Exact
 
 Source = Patch | str | os.PathLike[str]
@@ -66,6 +67,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Exact: ...
 
@@ -81,6 +83,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied: ...
 
@@ -95,6 +98,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied:
     """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
@@ -114,6 +118,8 @@ def apply(
         tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
             of its names a tensor of its own first.
         expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
+        layout: the target is one rank's part of a model, as a serving engine fuses and shards it: see
+            ``portllm.layouts``.
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -126,7 +132,7 @@ def apply(
         RecordError: with undo="exact", weights that have patches on them were written to since.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
-    live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
+    live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
     _check_live(made, live)
     if undo != "subtract":
         return _exact(target, made, live, undo, verify, backend)
@@ -157,8 +163,8 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     Args and errors as ``apply``; a patch that replaces values or has DoRA terms raises PlanError.
     """
     backend = options.pop("backend", "auto")
-    strict = options.pop("strict", True)
-    live, made = _bound(target, as_patches(patch, scale), Options(**options), strict)
+    strict, layout = options.pop("strict", True), options.pop("layout", None)
+    live, made = _bound(target, as_patches(patch, scale), Options(**options), strict, layout)
     if made.untie:
         raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
     negated = made.negated()
@@ -174,13 +180,18 @@ def plan(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
     """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)[1]
+    return _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)[1]
 
 
-def _bound(target: Live, patches: list[tuple[Patch, float]], options: Options, strict: bool) -> tuple[Target, Plan]:
+def _bound(
+    target: Live, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
+) -> tuple[Target, Plan]:
     live = live_target(target)
+    if layout is not None:
+        return live, layout.bind(live, patches, options, strict=strict)
     made = bind(live, patches, options)
     made.check_complete(strict=strict)
     return live, made
