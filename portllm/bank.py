@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .dtensor import local_tensors, meshes
 from .errors import PlanError
 from .live import Live, Patches, live_target, plan
 from .planning import Plan
@@ -178,13 +179,14 @@ class PatchBank:
         return entry.handle
 
     def _handle(self, made: Plan) -> Exact:
-        tensors = live_target(self._model).tensors
+        whole = live_target(self._model).tensors
+        tensors, on = local_tensors(whole), meshes(whole.values())
         devices = {tensors[name].device for name in made.tensors if tensors[name].is_cuda}
         if self._resident == "device" or not devices:
-            return Exact(self._model, made, tensors, self._backend)
+            return Exact(self._model, made, tensors, self._backend, on)
         streams = [self._streams.setdefault(device, torch.cuda.Stream(device)) for device in devices]
         with _all(streams):
-            handle = Exact(self._model, made, tensors, self._backend)
+            handle = Exact(self._model, made, tensors, self._backend, on)
         for device in devices:  # or the memory could be given to others while the model's stream still reads it
             handle.record_stream(torch.cuda.current_stream(device))
         return handle

@@ -133,6 +133,7 @@ class Layout:
             )
         if plan.updates or plan.assigns or not everything_elsewhere:
             plan.check_complete(strict=strict)
+        _check_dora(plan, view)
         local = localise(plan, view.pieces)
         for name in local.tensors:
             if name in view.problems:
@@ -341,6 +342,19 @@ class _View:
                     return other
             return whole.replace("lm_head.weight", "model.embed_tokens.weight")
         return whole
+
+
+def _check_dora(plan: Plan, view: _View) -> None:
+    """DoRA divides by the norm of whole vectors of the weight, which must then lie here as a whole."""
+    for update in plan.updates:
+        axes = {1 - term.magnitude_axis for term in update.terms if term.magnitude is not None}
+        whole = view.whole[update.name].shape[-2:]
+        for piece in view.pieces[update.name]:
+            if any(piece.shape[-2:][axis] != whole[axis] for axis in axes):
+                raise PlanError(
+                    f"{update.sources[0]}: DoRA needs the norms of whole vectors of {update.name}, which are divided "
+                    f"over ranks in {piece.local}; apply the patch to the checkpoint, and let the engine load that"
+                )
 
 
 def vllm(

@@ -1,4 +1,4 @@
-"""Live targets: nn.Modules and state dicts, patched in place; parameters keep their identity and their memory."""
+"""Live targets: nn.Modules and state dicts, sharded or not, patched in place: parameters keep identity and memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
+from . import dtensor
 from .bind import ExpertLayout, Options, Target, Tied, bind
+from .dtensor import together
 from .errors import PlanError
-from .execute import execute, hold_interrupts, prepare
+from .execute import hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .layouts import Layout
     from .undo import Exact
 
@@ -52,7 +56,10 @@ class Applied:
         """
         if not self.active:
             raise PlanError("this patch has been removed already")
-        execute(self.plan.negated(), live_target(self.target).tensors, backend=self.backend)
+        tensors = live_target(self.target).tensors
+        with together(dtensor.meshes(tensors.values())):
+            write = prepare(self.plan.negated(), dtensor.local_tensors(tensors), backend=self.backend)
+        write()
         self.active = False
 
 
@@ -132,29 +139,36 @@ def apply(
         RecordError: with undo="exact", weights that have patches on them were written to since.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
-    live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
-    _check_live(made, live)
+    live = live_target(target)
+    on = dtensor.meshes(live.tensors.values())
+    with together(on):
+        made, tensors = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
+        _check_live(made, tensors)
+        if undo != "subtract":
+            handle = _exact(target, made, tensors, undo, backend, on)
+        else:
+            if made.untie and not isinstance(target, nn.Module | MutableMapping):
+                raise PlanError("tied='untie' needs a mapping that can be changed")
+            clones = {alias: tensors[stored].detach().clone() for alias, stored in made.untie.items()}
+            write = prepare(made, {**tensors, **clones}, backend=backend)
+    if undo == "exact":
+        handle.put_on(verify=verify)
     if undo != "subtract":
-        return _exact(target, made, live, undo, verify, backend)
-    if made.untie and not isinstance(target, nn.Module | MutableMapping):
-        raise PlanError("tied='untie' needs a mapping that can be changed")
-    clones = {alias: live.tensors[stored].detach().clone() for alias, stored in made.untie.items()}
-    write = prepare(made, {**live.tensors, **clones}, backend=backend)
+        return handle
     with hold_interrupts():
         _untie(target, made.untie, clones)
         write()
     return Applied(target, made, backend)
 
 
-def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | str, backend: str) -> Exact:
+def _exact(
+    target: Live, made: Plan, tensors: Mapping[str, Tensor], undo: Undo, backend: str, on: Sequence[DeviceMesh]
+) -> Exact:
     from .undo import Exact
 
     if undo not in ("exact", "later"):
         raise PlanError(f"undo={undo!r} must be 'subtract', 'exact' or 'later'")
-    handle = Exact(target, made, live.tensors, backend)
-    if undo == "exact":
-        handle.put_on(verify=verify)
-    return handle
+    return Exact(target, made, tensors, backend, on)
 
 
 def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> None:
@@ -164,12 +178,15 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     """
     backend = options.pop("backend", "auto")
     strict, layout = options.pop("strict", True), options.pop("layout", None)
-    live, made = _bound(target, as_patches(patch, scale), Options(**options), strict, layout)
-    if made.untie:
-        raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
-    negated = made.negated()
-    _check_live(negated, live)
-    execute(negated, live.tensors, backend=backend)
+    live = live_target(target)
+    with together(dtensor.meshes(live.tensors.values())):
+        made, tensors = _bound(live, as_patches(patch, scale), Options(**options), strict, layout)
+        if made.untie:
+            raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
+        negated = made.negated()
+        _check_live(negated, tensors)
+        write = prepare(negated, tensors, backend=backend)
+    write()
 
 
 def plan(
@@ -183,18 +200,19 @@ def plan(
     layout: Layout | None = None,
 ) -> Plan:
     """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)[1]
+    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict, layout)[0]
 
 
 def _bound(
-    target: Live, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
-) -> tuple[Target, Plan]:
-    live = live_target(target)
+    live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
+) -> tuple[Plan, Mapping[str, Tensor]]:
+    """The plan for the tensors that lie in this process, and these: of sharded ones the part that is here."""
     if layout is not None:
-        return live, layout.bind(live, patches, options, strict=strict)
-    made = bind(live, patches, options)
-    made.check_complete(strict=strict)
-    return live, made
+        made = layout.bind(live, patches, options, strict=strict)
+    else:
+        made = bind(live, patches, options)
+        made.check_complete(strict=strict)
+    return dtensor.here(made, live.tensors)
 
 
 def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
@@ -216,6 +234,7 @@ def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
 def live_target(target: Live) -> Target:
     """Look at a module or mapping: its tensors, each memory once, the other names of tied ones."""
     if isinstance(target, nn.Module):
+        dtensor.settle(target)
         named: dict[str, Tensor] = dict(target.named_parameters(remove_duplicate=False))
         named.update(target.named_buffers(remove_duplicate=False))
         transposed = _conv1d_names(target)
@@ -243,13 +262,10 @@ def _unknown(name: str) -> bool | None:
 
 
 def _memory(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.numel() == 0 or _is_sharded(tensor):
+    here = dtensor.local(tensor)
+    if here.is_meta or here.numel() == 0:
         return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")  # DTensor, known without importing torch.distributed
+    return here.device, here.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
@@ -263,18 +279,14 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
     return kinds.get
 
 
-def _check_live(plan: Plan, live: Target) -> None:
+def _check_live(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
     for name in plan.tensors:
-        tensor = live.tensors[live.aliases.get(name, name)]
+        tensor = tensors[plan.untie.get(name, name)]
         if tensor.is_meta:
             raise PlanError(
                 f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "
                 "or patch the checkpoint on disk with portllm.apply_checkpoint"
-            )
-        if _is_sharded(tensor):
-            raise PlanError(
-                f"{name} is a DTensor; sharded models cannot be patched live yet, patch the checkpoint instead"
             )
         if 0 in tensor.stride() and tensor.numel() > 1:
             raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")

@@ -16,16 +16,20 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .dtensor import together
 from .errors import RecordError
 from .execute import assign_, dora_, hold_interrupts
 from .planning import Assign, Plan, Region, Term, Update, some
 from .record import Record
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _SAMPLES = 512
 _SHORT = 32  # bytes of a print of samples
@@ -103,13 +107,20 @@ def held(name: str, tensor: Tensor) -> Held:
     return found
 
 
-def change(changes: Sequence[tuple[Held, Layers]], *, backend: str = "auto", verify: bool | str = True) -> None:
+def change(
+    changes: Sequence[tuple[Held, Layers]],
+    *,
+    backend: str = "auto",
+    verify: bool | str = True,
+    on: Sequence[DeviceMesh] = (),
+) -> None:
     """Give each tensor other layers, in one pass over all of them.
 
     Args:
         changes: the tensors, and what they are to have instead of ``layers``.
         verify: compare the weights with what the last change left: 512 or more of each tensor. "full": take prints
             of every bit from now on.
+        on: meshes all of whose ranks do this, or none (see ``dtensor.together``).
 
     Raises:
         RecordError: a tensor has been written to since; nothing has been changed then.
@@ -117,18 +128,19 @@ def change(changes: Sequence[tuple[Held, Layers]], *, backend: str = "auto", ver
     """
     with lock:
         changes = [(tensor, layers) for tensor, layers in changes if dict(tensor.layers) != dict(layers)]
-        if verify:
-            _verify([tensor for tensor, _ in changes])
-        summed: list[tuple[Held, Layers]] = []
-        others: list[tuple[Held, Layers]] = []
-        for tensor, layers in changes:
-            (summed if tensor.copy is None and _are_sums(tensor, layers) else others).append((tensor, layers))
-        work = _Exchange(summed)
-        # What has records and needs a copy from now on is brought back by its records first.
-        back = _Exchange([(tensor, {}) for tensor, _ in others if tensor.copy is None])
-        for tensor, _ in others:
-            ops.backends_for([tensor.tensor], backend)
-        copies = [torch.empty_like(t.tensor) if t.copy is None else t.copy for t, _ in others]
+        with together(on):
+            if verify:
+                _verify([tensor for tensor, _ in changes])
+            summed: list[tuple[Held, Layers]] = []
+            others: list[tuple[Held, Layers]] = []
+            for tensor, layers in changes:
+                (summed if tensor.copy is None and _are_sums(tensor, layers) else others).append((tensor, layers))
+            work = _Exchange(summed)
+            # What has records and needs a copy from now on is brought back by its records first.
+            back = _Exchange([(tensor, {}) for tensor, _ in others if tensor.copy is None])
+            for tensor, _ in others:
+                ops.backends_for([tensor.tensor], backend)
+            copies = [torch.empty_like(t.tensor) if t.copy is None else t.copy for t, _ in others]
         with torch.no_grad(), hold_interrupts():
             work.run(backend)
             back.run(backend)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .execute import Mover
 from .live import Applied, Live, Patches, apply
 from .planning import Assign, Plan, Update
 from .stack import Held, Layer, change, held, lock, map_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Exact(Applied):
@@ -29,8 +32,16 @@ class Exact(Applied):
         strength: times the strength that the patches were applied with.
     """
 
-    def __init__(self, target: Live, plan: Plan, tensors: Mapping[str, Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        target: Live,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        backend: str,
+        meshes: Sequence[DeviceMesh] = (),
+    ) -> None:
         super().__init__(target, plan, backend, active=False)
+        self._meshes = tuple(meshes)
         self.strength = 1.0
         self._key = _Key()
         self._layers = _layers(plan, tensors)
@@ -138,7 +149,8 @@ def exchange(off: Sequence[Exact], on: Sequence[Exact], backend: str, verify: bo
         changes = [
             (tensor, dict(sorted(stack.items(), key=lambda item: item[0].place))) for tensor, stack in stacks.items()
         ]
-        change(changes, backend=backend, verify=verify)
+        meshes = tuple(dict.fromkeys(mesh for handle in (*off, *on) for mesh in handle._meshes))
+        change(changes, backend=backend, verify=verify, on=meshes)
         for handle in off:
             handle.active = False
         for handle in on:
