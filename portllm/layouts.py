@@ -121,7 +121,11 @@ class Layout:
         if options.tied == "untie":
             raise PlanError(f"tied='untie': {self.engine} has tied its weights already; untie the model on disk")
         view = _View(self, target)
-        plan = bind(Target(view.whole, view.aliases, lambda name: False, declared=True), patches, options)
+        try:
+            plan = bind(Target(view.whole, view.aliases, lambda name: False, declared=True), patches, options)
+        except PlanError as error:
+            # A patch that does not fit, and a config that does not fit the tensors: the latter may be why.
+            raise PlanError("; ".join([str(error), *list(view.misshapen.values())[:1]])) from None
         here = tuple(name for name in plan.unmatched_patch if not view.is_elsewhere(name))
         everything_elsewhere = not here and bool(plan.unmatched_patch)
         plan = replace(plan, unmatched_patch=here)
@@ -175,7 +179,8 @@ class _View:
         whole: the model's own tensors of which anything is known to lie here, as meta tensors.
         aliases: names of tied ones -> name in ``whole``.
         pieces: for each whole tensor its boxes here.
-        problems: tensors here that must not be patched, and why.
+        misshapen: tensors here that have another shape than they should, in words.
+        problems: tensors here that must not be patched, and why; those as well.
         unknown: tensors here that no rule explains, and why.
     """
 
@@ -184,6 +189,7 @@ class _View:
         self.whole: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self.pieces: dict[str, list[Piece]] = {}
+        self.misshapen: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         spoken: dict[str, list[str]] = {name: [name] for name in target.tensors}
@@ -244,9 +250,9 @@ class _View:
         except PlanError as error:
             self.unknown[name] = str(error)
             return
-        if tuple(tensor.shape) != expected:
+        if tuple(tensor.shape) != expected and not problem:
             ranks = layout.ranks[rule.group]
-            problem = problem or (
+            problem = self.misshapen[name] = (
                 f"{name} is {list(tensor.shape)}, but by the config and rank {ranks.rank} of {ranks.size} "
                 f"({rule.group}) it should be {list(expected)}; give the ranks and sizes that {layout.engine} runs "
                 "with, and the config of this model"
