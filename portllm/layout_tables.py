@@ -94,8 +94,9 @@ def _same(*rows: str) -> tuple[tuple[str, str], ...]:
 
 
 _QKV = r"(.+\.)qkv_proj\.(weight|bias)"
-_GATE_UP = r"(.+\.)gate_up_proj\.(weight|bias)"
-_GATE_UP_PARTS = ((r"\1gate_proj.\2", r"\1up_proj.\2"), (r"\1\2gate_proj.\3", r"\1\2up_proj.\3"))
+_MLP = r"(?:mlp|feed_forward)\."
+_GATE_UP = rf"(.+\.{_MLP})gate_up_proj\.(weight|bias)"
+_GATE_AND_UP = (r"\1gate_proj.\2", r"\1up_proj.\2")
 _MLA_COPIES = "the two halves of it that decoding multiplies with (W_UK_T and W_UV, or w_kc and w_vc)"
 _GPT2 = ("gpt2",)
 _FUSED_MLP = ("phi3", "glm", "glm4")  # model types whose own gate and up lie in one weight
@@ -139,7 +140,7 @@ RULES: tuple[Rule, ...] = (
         needs="kv_lora_rank",
     ),
     Rule(r".+\.o_proj\.(weight|bias)", _same("hidden"), "mla_v", "columns", "attention", needs="kv_lora_rank"),
-    Rule(r".+\.(?:o_proj|out_proj)\.(weight|bias)", _same("hidden"), "heads", "columns", "attention"),
+    Rule(r".+\.(?:o_proj|(?:self_)?attn\.out_proj)\.(weight|bias)", _same("hidden"), "heads", "columns", "attention"),
     # Experts: the first half of w13 is the gate, unless the backend has them the other way round.
     Rule(
         r"(.+\.)experts\.(?:routed_experts\.)?w13_weight",
@@ -157,39 +158,39 @@ RULES: tuple[Rule, ...] = (
         "experts",
         stacked=True,
     ),
-    Rule(r".+\.(?:gate|router|shared_expert_gate)\.(?:weight|bias|e_score_correction_bias)", _same("any")),
+    Rule(rf".+\.{_MLP}(?:gate|router|shared_expert_gate)\.(?:weight|bias|e_score_correction_bias)", _same("any")),
     # MLPs
     Rule(
-        r"(.+\.)(shared_expert\.)gate_up_proj\.(weight|bias)",
-        tuple((part, "shared_expert") for part in _GATE_UP_PARTS[1]),
+        rf"(.+\.{_MLP}shared_expert\.)gate_up_proj\.(weight|bias)",
+        tuple((part, "shared_expert") for part in _GATE_AND_UP),
         "hidden",
         "rows",
         needs="shared_expert_intermediate_size",
     ),
     Rule(
-        r".+\.shared_expert\.down_proj\.(weight|bias)",
+        rf".+\.{_MLP}shared_expert\.down_proj\.(weight|bias)",
         _same("hidden"),
         "shared_expert",
         "columns",
         needs="shared_expert_intermediate_size",
     ),
     Rule(
-        r"(.+\.)(shared_experts\.)gate_up_proj\.(weight|bias)",
-        tuple((part, "shared_experts") for part in _GATE_UP_PARTS[1]),
+        rf"(.+\.{_MLP}shared_experts\.)gate_up_proj\.(weight|bias)",
+        tuple((part, "shared_experts") for part in _GATE_AND_UP),
         "hidden",
         "rows",
         needs="n_shared_experts",
     ),
     Rule(
-        r".+\.shared_experts\.down_proj\.(weight|bias)",
+        rf".+\.{_MLP}shared_experts\.down_proj\.(weight|bias)",
         _same("hidden"),
         "shared_experts",
         "columns",
         needs="n_shared_experts",
     ),
     Rule(_GATE_UP, _same("intermediate", "intermediate"), "hidden", "rows", models=_FUSED_MLP),
-    Rule(_GATE_UP, tuple((part, "intermediate") for part in _GATE_UP_PARTS[0]), "hidden", "rows"),
-    Rule(r".+\.down_proj\.(weight|bias)", _same("hidden"), "intermediate", "columns"),
+    Rule(_GATE_UP, tuple((part, "intermediate") for part in _GATE_AND_UP), "hidden", "rows"),
+    Rule(rf".+\.{_MLP}down_proj\.(weight|bias)", _same("hidden"), "intermediate", "columns"),
     Rule(r".+\.(?:up_proj|fc1|c_fc)\.(weight|bias)", _same("any"), "hidden", "rows"),
     Rule(r".+\.(?:fc2|mlp\.c_proj)\.(weight|bias)", _same("hidden"), "any", "columns"),
     # Vocabulary and the rest

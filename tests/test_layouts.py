@@ -39,6 +39,13 @@ def _qwen2(**settings: Any) -> transformers.PreTrainedModel:
     return families._model(transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**settings))
 
 
+def _qwen2_moe(**settings: Any) -> transformers.PreTrainedModel:
+    """Qwen2-MoE: routed experts of one size, and a shared one of another."""
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 4, "head_dim": 4}
+    settings = {**families._DECODER, **sizes, "tie_word_embeddings": False, **settings}
+    return families._model(transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig(**settings))
+
+
 def _gpt2(**_: Any) -> transformers.PreTrainedModel:
     return families.gpt2(n_head=8, vocab_size=93)
 
@@ -83,6 +90,13 @@ CASES = {
                 "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *_PROJECTIONS[4:],
             ],
             **_MOE,
+        },
+    ),
+    "qwen2 moe": Case(
+        _qwen2_moe,
+        {
+            "target_modules": [*_PROJECTIONS, "shared_expert_gate"],
+            "target_parameters": [*_MOE["target_parameters"], "mlp.gate.weight"],
         },
     ),
     "gpt2": Case(_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
@@ -190,6 +204,23 @@ def test_each_kernels_order_of_the_experts(backend: str, size: int, tmp_path: Pa
         got = _loaded(base, rank)
         portllm.apply(got, adapter, layout=_layout(base.config, rank, moe_backend=backend))
         _same_bits(got, _loaded(whole, rank))
+
+
+@pytest.mark.parametrize("name, prefix", [("mixtral", "block_sparse_moe.experts."), ("deepseek", "mlp.experts.")])
+def test_names_that_vllm_has_given_to_its_expert_layers(name: str, prefix: str, tmp_path: Path) -> None:
+    """Newer versions have the weights in a layer of their own, and name the shared experts twice."""
+    base, whole, adapter = _prepared(name, tmp_path, torch.bfloat16, num_local_experts=4)
+
+    def renamed(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
+        tensors = {n.replace("mlp.experts.", f"{prefix}routed_experts."): t for n, t in _loaded(model, Rank()).items()}
+        twice = {
+            n.replace("mlp.shared_experts.", "mlp.experts._shared_experts._layer."): t for n, t in tensors.items()
+        } | {n.replace("mlp.gate.", "mlp.experts.gate."): t for n, t in tensors.items()}
+        return twice | tensors
+
+    got = renamed(base)
+    portllm.apply(got, adapter, layout=_layout(base.config, Rank()))
+    _same_bits(got, renamed(whole))
 
 
 def test_experts_are_cut_over_data_parallel_ranks_too(tmp_path: Path) -> None:
