@@ -22,6 +22,7 @@ from .planning import Plan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .layouts import Layout
     from .undo import Exact
 
 Source = Patch | str | os.PathLike[str]
@@ -73,6 +74,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Exact: ...
 
@@ -88,6 +90,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied: ...
 
@@ -102,6 +105,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied:
     """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
@@ -121,6 +125,8 @@ def apply(
         tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
             of its names a tensor of its own first.
         expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
+        layout: the target is one rank's part of a model, as a serving engine fuses and shards it: see
+            ``portllm.layouts``.
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -136,7 +142,7 @@ def apply(
     live = live_target(target)
     on = dtensor.meshes(live.tensors.values())
     with together(on):
-        made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict)
+        made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
         _check_live(made)
         if undo != "subtract":
             handle = _exact(target, made, undo, backend, on)
@@ -170,10 +176,10 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     Args and errors as ``apply``; a patch that replaces values or has DoRA terms raises PlanError.
     """
     backend = options.pop("backend", "auto")
-    strict = options.pop("strict", True)
+    strict, layout = options.pop("strict", True), options.pop("layout", None)
     live = live_target(target)
     with together(dtensor.meshes(live.tensors.values())):
-        made = _bound(live, as_patches(patch, scale), Options(**options), strict)
+        made = _bound(live, as_patches(patch, scale), Options(**options), strict, layout)
         if untie := made.plan.untie:
             raise PlanError(f"{min(untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
         _check_live(made)
@@ -189,14 +195,20 @@ def plan(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
     """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict).plan
+    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict, layout).plan
 
 
-def _bound(live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool) -> Here:
-    made = bind(live, patches, options)
-    made.check_complete(strict=strict)
+def _bound(
+    live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
+) -> Here:
+    if layout is not None:
+        made = layout.bind(live, patches, options, strict=strict)
+    else:
+        made = bind(live, patches, options)
+        made.check_complete(strict=strict)
     return dtensor.here(made, live.tensors)
 
 
