@@ -234,7 +234,7 @@ def _parts(weights: Sequence[Tensor], n_terms: Sequence[int], axes: Sequence[int
     return parts
 
 
-_BACKENDS = ("torch", "cpu")  # which have kernels for norms; "torch" does it for the others
+_BACKENDS = ("torch", "cpu", "triton")  # which have kernels for norms; "torch" does it for the others
 _Launchers = tuple[Callable[..., None], Callable[..., list[Tensor]]]
 
 
@@ -242,6 +242,8 @@ def _launchers(name: str) -> _Launchers:
     """(``lowrank_dora_``, ``lowrank_dora_squares``) of a backend."""
     if name == "cpu":
         return _cpu, _squares_cpu
+    if name == "triton":
+        return _triton, _squares_triton
     return reference.lowrank_dora_, reference.lowrank_dora_squares
 
 
@@ -254,6 +256,20 @@ def _squares_cpu(weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     found = _check_squares(weights, *arguments)
     torch.ops.portllm.lowrank_dora_squares_cpu_(weights, *arguments, found)
     return found
+
+
+def _triton(weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *arguments: Any) -> None:
+    from . import kernels
+
+    kernels.lowrank_dora_(weights, ops._narrowed(lora_A), ops._narrowed(lora_B), *arguments)
+
+
+def _squares_triton(
+    weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *arguments: Any
+) -> list[Tensor]:
+    from . import kernels
+
+    return kernels.lowrank_dora_squares(weights, ops._narrowed(lora_A), ops._narrowed(lora_B), *arguments)
 
 
 torch.library.impl("portllm::lowrank_dora_", "CompositeExplicitAutograd", _dispatch)
