@@ -20,7 +20,8 @@ from .reference import FLOAT_DTYPES
 _ARGUMENTS = "Tensor[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms"
 _MORE = "Tensor[] magnitudes, int[] axes, float[] strengths, Tensor[] squares"
 torch.library.define(
-    "portllm::lowrank_dora_", f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}, str backend='auto') -> ()"
+    "portllm::lowrank_dora_",
+    f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}, str backend='auto', int[] modes=[]) -> ()",
 )
 torch.library.define("portllm::lowrank_dora_squares", f"({_ARGUMENTS}, int[] axes, str backend='auto') -> Tensor[]")
 # The compiled library adds implementations to these.
@@ -39,6 +40,7 @@ def lowrank_dora_(
     strengths: Sequence[float],
     squares: Sequence[Tensor] = (),
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t strength_t (magnitude_t (W + D_t) / ||W + D_t|| - W))``.
 
@@ -54,6 +56,7 @@ def lowrank_dora_(
         squares: one for each magnitude, fp64: ``lowrank_dora_squares``, summed over all the rectangles that a weight is
             cut into. Empty: the weights are whole, and the squares are summed here.
         backend: "auto", or one of ``BACKENDS``; those without kernels for norms leave it to "torch".
+        modes: as for ``lowrank_add_``; weights with flags are left to "torch".
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
@@ -63,7 +66,7 @@ def lowrank_dora_(
     if not weights:
         check(*arguments)  # without a tensor the dispatcher does not know where to go
     else:
-        torch.ops.portllm.lowrank_dora_(*arguments, backend)
+        torch.ops.portllm.lowrank_dora_(*arguments, backend, modes)
 
 
 def lowrank_dora_squares(
@@ -100,6 +103,7 @@ def check(
     strengths: Sequence[float],
     squares: Sequence[Tensor] = (),
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
     """Raise ValueError where ``lowrank_dora_`` would."""
     wanted = [size for sizes in _vectors(weights, lora_A, lora_B, scalings, n_terms, axes) for size in sizes]
@@ -167,15 +171,18 @@ def _dispatch(
     strengths: Sequence[float],
     squares: Sequence[Tensor] = (),
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
     check(weights, lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths, squares)
-    for name, part in _parts(weights, n_terms, axes, backend).items():
+    for name, part in _parts(weights, n_terms, axes, backend, modes).items():
+        own = [number for i in part.weights for number in modes[4 * i : 4 * i + 4]]
         _launchers(name)[0](
             *part.of_weights(weights, lora_A, lora_B, scalings, n_terms),
             part.vectors(magnitudes),
             [axes[t] for t in part.terms],
             [strengths[t] for t in part.terms],
             part.vectors(squares),
+            *([own] if name == "torch" else []),
         )
 
 
@@ -220,14 +227,17 @@ class _Part(NamedTuple):
         return [values[i] for i in self.norms] if values else []
 
 
-def _parts(weights: Sequence[Tensor], n_terms: Sequence[int], axes: Sequence[int], backend: str) -> dict[str, _Part]:
+def _parts(
+    weights: Sequence[Tensor], n_terms: Sequence[int], axes: Sequence[int], backend: str, modes: Sequence[int] = ()
+) -> dict[str, _Part]:
     """The backends of a call, and what each of them does."""
     chosen = ops.backends_for(weights, backend)
     starts, norms = [0, *accumulate(n_terms)], [0, *accumulate(axis >= 0 for axis in axes)]
     parts: dict[str, _Part] = {}
     for i, weight in enumerate(weights):
         name = chosen[weight.device, weight.dtype]
-        part = parts.setdefault(name if name in _BACKENDS else "torch", _Part([], [], []))
+        takes = name in _BACKENDS and not (modes and modes[4 * i])
+        part = parts.setdefault(name if takes else "torch", _Part([], [], []))
         part.weights.append(i)
         part.terms.extend(range(starts[i], starts[i + 1]))
         part.norms.extend(range(norms[starts[i]], norms[starts[i + 1]]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dora, ops
 from .errors import PlanError
-from .planning import Assign, Plan, Term, Update
+from .planning import Assign, Plan, Term, Update, modes_for
 from .reference import accumulation_dtype, row_blocks
 
 # Takes, for each DoRA update of the plan and each of its terms that has a magnitude, the squares that
@@ -59,6 +59,7 @@ def prepare(
     weights: list[Tensor] = []
     added: list[Term] = []
     n_terms: list[int] = []
+    plain: list[Update] = []
     dora_weights: list[Tensor] = []
     dora_updates: list[Update] = []
     for update in plan.updates:
@@ -72,11 +73,13 @@ def prepare(
             dora_weights.append(matrix)
             dora_updates.append(replace(update, terms=tuple(terms)))
         else:
+            plain.append(update)
             weights.append(matrix)
             added += terms
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
-    add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    scalings = [term.scaling for term in added]
+    add = ops.Prepared(weights, lora_A, lora_B, scalings, n_terms, backend, modes_for(plain))
     ops.backends_for(dora_weights, backend)
     dora.check(dora_weights, *_arguments(dora_updates))
     places = {name: _place(tensor) for name, tensor in fixed.items()}
@@ -132,7 +135,9 @@ def dora_(
     if reduce is not None:
         here = iter(dora.lowrank_dora_squares(weights, lora_A, lora_B, scalings, n_terms, axes, backend))
         squares += reduce([[next(here) for t in update.terms if t.magnitude is not None] for update in updates])
-    dora.lowrank_dora_(weights, lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths, squares, backend)
+    dora.lowrank_dora_(
+        weights, lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths, squares, backend, modes_for(updates)
+    )
 
 
 def _arguments(updates: Sequence[Update]) -> tuple[Any, ...]:

@@ -56,6 +56,7 @@ from .naming import canonical, tied_names
 from .patch import Patch
 from .planning import Plan, check_dtype, some
 from .reference import FLOAT_DTYPES
+from .rounding import Rounding, reader
 from .sharding import Piece, localise
 
 _Run = tuple[int, int, int] | tuple[None, None, None]  # place here, first expert, how many; None without experts
@@ -106,13 +107,20 @@ class Layout:
     rules: tuple[Rule, ...] = RULES
 
     def bind(
-        self, target: Target, patches: Sequence[tuple[Patch, float]], options: Options, *, strict: bool = True
+        self,
+        target: Target,
+        patches: Sequence[tuple[Patch, float]],
+        options: Options,
+        *,
+        strict: bool = True,
+        how: Rounding | None = None,
     ) -> Plan:
         """The plan for this rank's tensors.
 
         Args:
             target: this rank's tensors, under the engine's names.
             patches, options, strict: as for ``portllm.plan``.
+            how: to round, by the places of the whole model; to nearest if not said.
 
         Raises:
             PlanError: as ``portllm.plan``; or a tensor that the patch changes has another shape than config and ranks
@@ -138,6 +146,8 @@ class Layout:
         if plan.updates or plan.assigns or not everything_elsewhere:
             plan.check_complete(strict=strict)
         _check_dora(plan, view)
+        if how is not None:
+            plan = how.settle(plan, view.whole, reader(view.whole, view.aliases))
         local = localise(plan, view.pieces)
         for name in local.tensors:
             if name in view.problems:

@@ -18,6 +18,7 @@ from .errors import PlanError
 from .execute import hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
+from .rounding import Kind, Rounding, reader, survivals
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,6 +48,16 @@ class Applied:
     backend: str = "auto"
     active: bool = True
 
+    @property
+    def survival(self) -> dict[str, float]:
+        """For each weight, the share of what was added that is left after rounding: <W' - W, D> / ||D||^2.
+
+        An estimate, computed now, from 16 rows of each weight as it is now, whose steps are those that it had before.
+        """
+        live = live_target(self.target)
+        tensors = dtensor.local_tensors(live.tensors)
+        return survivals(self.plan, tensors, reader(tensors, live.aliases))
+
     def remove(self) -> None:
         """Subtract what was added: each weight may end one rounding away from where it began (see undo="exact").
 
@@ -75,6 +86,9 @@ def apply(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     layout: Layout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Exact: ...
 
@@ -91,6 +105,9 @@ def apply(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     layout: Layout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Applied: ...
 
@@ -106,6 +123,9 @@ def apply(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     layout: Layout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Applied:
     """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
@@ -127,6 +147,10 @@ def apply(
         expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
         layout: the target is one rank's part of a model, as a serving engine fuses and shards it: see
             ``portllm.layouts``.
+        rounding: how sums become 16-bit weights: "nearest"; "stochastic", by chance, so that on average nothing is
+            lost, however small the patch; "auto", for each weight what loses less (see ``portllm.rounding.Rounding``).
+        seed: of the random bits. They depend on it and on the place in the model, not on how the model is stored.
+        keep_zeros: weights that are 0 stay 0 (2:4 sparsity).
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -139,10 +163,11 @@ def apply(
         RecordError: with undo="exact", weights that have patches on them were written to since.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
+    how = Rounding(rounding, seed, keep_zeros)
     live = live_target(target)
     on = dtensor.meshes(live.tensors.values())
     with together(on):
-        made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
+        made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout, how)
         _check_live(made)
         if undo != "subtract":
             handle = _exact(target, made, undo, backend, on)
@@ -177,9 +202,10 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     """
     backend = options.pop("backend", "auto")
     strict, layout = options.pop("strict", True), options.pop("layout", None)
+    how = Rounding(options.pop("rounding", "nearest"), options.pop("seed", 0), options.pop("keep_zeros", False))
     live = live_target(target)
     with together(dtensor.meshes(live.tensors.values())):
-        made = _bound(live, as_patches(patch, scale), Options(**options), strict, layout)
+        made = _bound(live, as_patches(patch, scale), Options(**options), strict, layout, how)
         if untie := made.plan.untie:
             raise PlanError(f"{min(untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
         _check_live(made)
@@ -196,20 +222,33 @@ def plan(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     layout: Layout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
 ) -> Plan:
-    """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict, layout).plan
+    """What ``apply`` would do, without doing it. Args and errors as ``apply``.
+
+    Meta tensors are welcome; only rounding="auto" needs the values.
+    """
+    how = Rounding(rounding, seed, keep_zeros)
+    options = Options(tied, expert_layout)
+    return _bound(live_target(target), as_patches(patch, scale), options, strict, layout, how).plan
 
 
 def _bound(
-    live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
+    live: Target,
+    patches: list[tuple[Patch, float]],
+    options: Options,
+    strict: bool,
+    layout: Layout | None,
+    how: Rounding,
 ) -> Here:
     if layout is not None:
-        made = layout.bind(live, patches, options, strict=strict)
-    else:
-        made = bind(live, patches, options)
-        made.check_complete(strict=strict)
-    return dtensor.here(made, live.tensors)
+        return Here(layout.bind(live, patches, options, strict=strict, how=how), live.tensors)
+    made = bind(live, patches, options)
+    made.check_complete(strict=strict)
+    read = reader(live.tensors, {**live.aliases, **made.untie})
+    return dtensor.here(how.settle(made, live.tensors, read), live.tensors)
 
 
 def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:

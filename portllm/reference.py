@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .noise import modes_of, store_
+
 # Elements of the fp32 scratch block: large enough for the matrix library, small enough to stay in cache.
 _BLOCK_ELEMENTS = 1 << 21
 
@@ -53,6 +55,7 @@ def lowrank_add_(
     lora_B: Sequence[Tensor],
     scalings: Sequence[float],
     n_terms: Sequence[int],
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
 
@@ -62,19 +65,19 @@ def lowrank_add_(
         lora_B: [m, r] each, as ``lora_A``.
         scalings: one factor for each term.
         n_terms: how many terms belong to each weight.
+        modes: empty, or a ``noise.Mode`` for each weight, one after the other.
 
     Products are summed in fp32 (fp64 for fp64 weights), scaled, summed over the terms and added to the weight
-    in that dtype; then one round to nearest even into the weight's dtype.
+    in that dtype; then one rounding into the weight's dtype: to nearest even, or as its mode says.
     """
     first = 0
     with ieee_matmul():
-        for weight, count in zip(weights, n_terms, strict=True):
+        for weight, count, mode in zip(weights, n_terms, modes_of(modes, len(weights)), strict=True):
             terms = slice(first, first + count)
             first += count
             delta = Delta(weight, lora_A[terms], lora_B[terms], scalings[terms])
             for rows in row_blocks(*weight.shape):
-                block = weight[rows]
-                block.copy_(delta.rows(rows).add_(block))
+                store_(weight, delta.rows(rows).add_(weight[rows]), mode, rows)
 
 
 class Delta:
@@ -139,6 +142,7 @@ def lowrank_dora_(
     axes: Sequence[int],
     strengths: Sequence[float],
     squares: Sequence[Tensor] = (),
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t strength_t (magnitude_t (W + D_t) / ||W + D_t|| - W))``.
 
@@ -150,6 +154,7 @@ def lowrank_dora_(
         magnitudes: [m] or [n] by the axis, for each term that has one; any floating-point dtype.
         strengths: of each term, the share of the way to what it would make of the weight alone.
         squares: what ``lowrank_dora_squares`` gives; summed here if there are none.
+        modes: as for ``lowrank_add_``.
 
     Arithmetic, in fp32 (fp64 for fp64 weights)::
 
@@ -159,14 +164,14 @@ def lowrank_dora_(
         keep    = 1 - sum of the strengths of terms with a magnitude; in fp64, then rounded once
         total   = keep * W (nothing where keep is 0) + sum_t (strength_t * ratio_t) * tuned_t
                   + the sum of the plain terms, each scaled by scaling_t * strength_t, as in lowrank_add_
-        W       = total, rounded once to nearest even
+        W       = total, rounded once, to nearest even or as the mode says
 
     A product and the sum that takes it may be fused.
     """
     given = iter(squares)
     magnitude_of = dict(zip((t for t, axis in enumerate(axes) if axis >= 0), magnitudes, strict=True))
     with ieee_matmul():
-        for weight, terms in _slices(weights, n_terms):
+        for (weight, terms), mode in zip(_slices(weights, n_terms), modes_of(modes, len(weights)), strict=True):
             dtype = accumulation_dtype(weight)
             dora, plain = [t for t in terms if axes[t] >= 0], [t for t in terms if axes[t] < 0]
             known = {t: next(given) for t in dora} if squares else {}
@@ -191,7 +196,7 @@ def lowrank_dora_(
                     total += tuned * (ratio * strengths[t])
                 if plain:
                     total += added.rows(rows)
-                weight[rows] = total.to(weight.dtype)
+                store_(weight, total, mode, rows)
 
 
 def _slices(weights: Sequence[Tensor], n_terms: Sequence[int]) -> Iterator[tuple[Tensor, range]]:

@@ -5,8 +5,8 @@ gives; whatever is put on, taken out from the middle or weakened, is an exchange
 (``ops.lowrank_exchange_``), through the base's exact bits. So no history is left in the weights: taking a patch out
 is, bit for bit, never having applied it.
 
-What is not a sum (replaced values, DoRA), and regions that overlap in part, have a copy of the tensor instead of
-records.
+What is not a sum rounded to nearest (replaced values, DoRA, stochastic rounding, kept zeros), and regions that overlap
+in part, have a copy of the tensor instead of records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import ops
 from .dtensor import together
 from .errors import RecordError
 from .execute import assign_, dora_, hold_interrupts
-from .planning import Assign, Plan, Region, Term, Update, some
+from .planning import Assign, Plan, Region, Term, Update, modes_for, some
 from .record import Record
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Layer:
 
     @property
     def is_sum(self) -> bool:
-        return not self.assigns and not any(update.is_dora for update in self.updates)
+        """Whether records can take it off: a sum that is rounded to nearest, also where it was 0."""
+        return not self.assigns and not any(update.is_dora or update.mode.flags for update in self.updates)
 
     def scaled(self, factor: float) -> Layer:
         """The same at ``factor`` times its strength."""
@@ -215,6 +216,13 @@ def _terms(layers: Layers) -> dict[Region, tuple[Term, ...]]:
     return terms
 
 
+def _sum(name: str, layers: Layers, region: Region, terms: tuple[Term, ...]) -> Update:
+    """All layers on a region in one; it is rounded once, with the noise of the first that has any."""
+    updates = [update for layer in layers.values() for update in layer.updates if update.region == region]
+    noise = next((update.noise for update in updates if update.noise is not None), None)
+    return Update(name, region, terms, (), noise, any(update.keep_zeros for update in updates))
+
+
 def _rewrite(tensor: Held, layers: Layers, copy: Tensor, backend: str) -> None:
     """The layers on the tensor as it was, of which ``copy`` is, or becomes, the copy."""
     if tensor.copy is None:
@@ -227,12 +235,13 @@ def _rewrite(tensor: Held, layers: Layers, copy: Tensor, backend: str) -> None:
             assign_(assign, tensor.tensor, assign.value)
     for region, terms in _terms(layers).items():
         view = region.view(tensor.tensor)
-        update = Update(tensor.name, region, terms, ())
+        update = _sum(tensor.name, layers, region, terms)
         if update.is_dora:
             dora_([view], [update], backend=backend)
         else:
             lora_A, lora_B = [term.lora_A for term in terms], [term.lora_B for term in terms]
-            ops.lowrank_add_([view], lora_A, lora_B, [term.scaling for term in terms], [len(terms)], backend)
+            scalings = [term.scaling for term in terms]
+            ops.lowrank_add_([view], lora_A, lora_B, scalings, [len(terms)], backend, modes_for([update]))
 
 
 def _verify(tensors: Sequence[Held]) -> None:
