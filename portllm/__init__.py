@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .algebra import truncate as truncate
     from .bank import PatchBank as PatchBank
     from .checkpoint import apply_checkpoint as apply_checkpoint
+    from .cutting import cut as cut
     from .errors import BackendError as BackendError
     from .errors import CheckpointError as CheckpointError
     from .errors import PatchError as PatchError
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .patch import Patch as Patch
     from .planning import Plan as Plan
     from .rebasing import rebase as rebase
+    from .structure import IndexMap as IndexMap
     from .undo import Exact as Exact
     from .undo import applied as applied
     from .undo import swap as swap
@@ -58,6 +60,7 @@ _HOMES = {
     "Exact": "undo",
     "Extraction": "extraction",
     "InPlaceReport": "inplace",
+    "IndexMap": "structure",
     "Patch": "patch",
     "PatchBank": "bank",
     "PatchError": "errors",
@@ -72,6 +75,7 @@ _HOMES = {
     "cast": "algebra",
     "checkpoint_status": "inplace",
     "combine": "algebra",
+    "cut": "cutting",
     "drift": "movement",
     "extract": "extraction",
     "lowrank_add_": "ops",
