@@ -198,7 +198,8 @@ class _Cutter:
                 made |= {} if value is None else _copies(self._map.new_names(key), value)
                 continue
             for name, new_key in zip(self._map.new_names(entry.name), self._map.new_names(key), strict=True):
-                made[new_key] = self._whole(entry.name, name, tensor)
+                value = self._whole(entry.name, name, tensor)
+                made[new_key] = value.clone() if value is tensor else value  # a file needs memory for each
         return made
 
     def _trained_tokens(self, entry: RowsEntry) -> Tensor | None:

@@ -149,8 +149,8 @@ def applied(state: Mapping[str, Tensor], patch: Patch, backend: str, **options: 
 
 def assert_commutes(family: str, base: Mapping[str, Tensor], patch: Patch, kept: Mapping[str, Kept], **o: Any) -> Patch:
     """Apply, then prune: the same bits as to prune and then apply the cut patch. Added entries stay as they are."""
-    cut_patch = cut(patch, index_map(family, kept))
     pruned = prune(family, base, kept)
+    cut_patch = cut(patch, index_map(family, kept), model=pruned)
     for backend in ("torch", *exact_backends()):
         got = applied(pruned, cut_patch, backend, **o)
         truth = prune(family, applied(base, patch, backend, **o), kept, new=pruned)
@@ -210,3 +210,312 @@ def test_all_dimensions_at_once(
     kept = random_kept(family, kinds, rng)
     patch = adapter(family, tmp_path_factory.mktemp("adapter"))
     assert_commutes(family, state_of(family, dtype), patch, kept)
+
+
+# -- what else an adapter holds --------------------------------------------------------------------------------------
+
+EVERYWHERE = {"hidden": [*range(3, 30)], "heads": [0, 1], "kv_heads": [0], "intermediate": [*range(1, 44, 2)],
+              "vocabulary": [*range(4, 90)], "layers": [1]}  # fmt: skip
+
+
+def test_embedding_factors_and_saved_layers_are_cut(tmp_path: Path) -> None:
+    patch = adapter(
+        "llama", tmp_path, target_modules=["embed_tokens", "q_proj", "down_proj"], modules_to_save=["lm_head", "norm"]
+    )
+    made = assert_commutes("llama", state_of("llama", BF16), patch, EVERYWHERE)
+    kinds = {type(entry).__name__ for entry in made.entries}
+    assert kinds == {"LoraEntry", "ReplaceEntry"}
+
+
+def test_biases_are_cut(tmp_path: Path) -> None:
+    """lora_bias of the rows of q_proj; PEFT's own bias setting, which saves whole biases."""
+    kept = {**EVERYWHERE, "heads": [3, 1], "intermediate": [5, 2, 40]}
+    del kept["kv_heads"]
+    patch = adapter("bert", tmp_path / "a", lora_bias=True)
+    assert_commutes("bert", state_of("bert"), patch, kept)
+    patch = adapter("bert", tmp_path / "b", bias="all")
+    made = assert_commutes("bert", state_of("bert"), patch, kept)
+    assert made.config.bias == "all"
+
+
+def test_gpt2_saves_layers_transposed(tmp_path: Path) -> None:
+    kept = {"hidden": [*range(0, 32, 3)], "heads": [2], "intermediate": [*range(100)]}
+    patch = adapter("gpt2", tmp_path, target_modules=["c_attn"], modules_to_save=["c_fc", "attn.c_proj"])
+    assert_commutes("gpt2", state_of("gpt2"), patch, kept)
+
+
+def test_trained_tokens_move_with_their_rows(tmp_path: Path) -> None:
+    settings = {"trainable_token_indices": {"embed_tokens": [5, 9, 60]}}
+    patch = adapter("llama", tmp_path / "a", **settings)
+    made = assert_commutes("llama", state_of("llama"), patch, {"vocabulary": [60, 1, 2, 9], "hidden": [4, 7]})
+    assert made.config.trainable_token_indices == {"embed_tokens": (3, 0)}
+    gone = cut(patch, index_map("llama", {"vocabulary": [1, 2]}))
+    assert gone.config.trainable_token_indices is None
+    assert not any(isinstance(entry, portllm.patch.RowsEntry) for entry in gone.entries)
+    listed = Patch.from_tensors(patch.tensors, {**patch.config.raw, "trainable_token_indices": [5, 9, 60]})
+    assert cut(listed, index_map("llama", {"vocabulary": [9, 8]})).config.trainable_token_indices == (0,)
+    with pytest.raises(PlanError, match="trained token 60, but the map is for a vocabulary of 50"):
+        cut(patch, IndexMap.of(vocabulary=(50, range(40))))
+
+
+def test_dora_magnitudes_are_cut_with_whole_rows_only(tmp_path: Path) -> None:
+    patch = adapter("llama", tmp_path, use_dora=True, target_modules=["q_proj", "gate_proj"])
+    kept = {"heads": [0, 3], "kv_heads": [0, 1], "intermediate": [7, 3, 20], "layers": [1]}
+    cut_patch, base = cut(patch, index_map("llama", kept)), state_of("llama")
+    pruned = prune("llama", base, kept)
+    got, truth = applied(pruned, cut_patch, "torch"), prune("llama", applied(base, patch, "torch"), kept)
+    families.assert_close(got, truth, 1e-5)
+    with pytest.raises(UnsupportedPatchError, match=r"layers\.0\..*_proj has DoRA magnitudes.*extract"):
+        cut(patch, index_map("llama", {"hidden": [1, 2, 3]}))
+    with pytest.raises(UnsupportedPatchError, match="DoRA magnitudes, the norms of whole rows"):
+        cut(patch, index_map("llama", {"intermediate": [1, None]}))
+
+
+def test_dora_of_an_embedding_is_cut_with_whole_columns_only(tmp_path: Path) -> None:
+    patch = adapter("llama", tmp_path, use_dora=True, target_modules=["embed_tokens"])
+    kept, base = {"hidden": [30, 2, 5]}, state_of("llama")
+    got = applied(prune("llama", base, kept), cut(patch, index_map("llama", kept)), "torch")
+    families.assert_close(got, prune("llama", applied(base, patch, "torch"), kept), 1e-5)
+    with pytest.raises(UnsupportedPatchError, match="the norms of whole columns"):
+        cut(patch, index_map("llama", {"vocabulary": [1, 2, 3]}))
+
+
+def test_experts_of_their_own_are_cut_and_renumbered() -> None:
+    """Adapters on one module for each expert, in the layout of checkpoints, with other neurons in each expert."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["w1", "w2", "w3"], "alpha_pattern": {r"experts\.2\.w1": 3}}
+    tensors: dict[str, Tensor] = {}
+    for expert in range(3):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}"
+        tensors |= tiny.factors([f"{name}.w1", f"{name}.w3"], 6, 4, 2) | tiny.factors([f"{name}.w2"], 4, 6, 2)
+    patch = Patch.from_tensors(tensors, settings)
+    own = {"layers.0.mlp.experts.2": (6, [5, 0]), "layers.0.mlp.experts.0": (6, [1, 2])}
+    made = cut(patch, IndexMap.of(experts=(3, [2, 0]), intermediate=own))
+    prefix = "base_model.model.model.layers.0.block_sparse_moe.experts."
+    assert len(made.tensors) == 12
+    for new, old, rows in ((0, 2, [5, 0]), (1, 0, [1, 2])):
+        assert torch.equal(made.tensors[f"{prefix}{new}.w1.lora_B.weight"], tensors[f"{prefix}{old}.w1.lora_B.weight"][rows])
+        assert torch.equal(made.tensors[f"{prefix}{new}.w2.lora_A.weight"], tensors[f"{prefix}{old}.w2.lora_A.weight"][:, rows])
+        assert torch.equal(made.tensors[f"{prefix}{new}.w3.lora_A.weight"], tensors[f"{prefix}{old}.w3.lora_A.weight"])
+    scalings = {entry.module.split("experts.")[1]: entry.scaling for entry in made.entries}
+    assert scalings == {"0.w1": 1.5, **dict.fromkeys(("0.w2", "0.w3", "1.w1", "1.w2", "1.w3"), 4.0)}
+
+
+def test_square_experts_need_the_layout(tmp_path: Path) -> None:
+    """Where 2 x intermediate is hidden, the factors of gate_up_proj fit both ways."""
+    base = families.mixtral(intermediate_size=16)
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"], "rank_pattern": {}}
+    patch = Patch.load(families.save_adapter(base, FAMILIES["mixtral"].config(**settings), tmp_path))
+    pruning = IndexMap.of(intermediate=(16, [1, 2]), hidden=(32, range(32)))
+    with pytest.raises(PlanError, match=r"in several ways.*--expert-layout"):
+        cut(patch, pruning)
+    assert cut(patch, pruning, expert_layout="out_in").num_parameters < patch.num_parameters
+
+
+# -- names and settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"layers_to_transform": [0, 2, 3]},
+        {"target_modules": r"model\.layers\.[023]\.self_attn\.(q|v)_proj"},
+        {"target_modules": ["layers.0.self_attn.q_proj", "layers.3.self_attn.v_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.2\..*"},
+        {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+        {"rank_pattern": {r"layers\.3\.self_attn\.q_proj": 2, "v_proj": 3}, "alpha_pattern": {r"layers\.[03]\..*": 11}},
+        {"rank_pattern": {"v_proj": 3}, "use_rslora": True, "alpha_pattern": {"q_proj": 5}},
+        {"modules_to_save": ["layers.3.mlp", "layers.1.mlp"]},
+    ],
+)
+@pytest.mark.parametrize("keep", [[0, 3], [3, 2, 0], [0, None, 3], [None, 0, 1, 2, 3, None], [0, 1, 1, 3]])
+def test_layers_keep_their_ranks_and_scalings_under_new_numbers(
+    settings: dict[str, Any], keep: list[int | None], tmp_path: Path
+) -> None:
+    """Whatever the settings, the cut patch is PEFT's: it reloads, covers its layers and no others, and lands right."""
+    base = families.llama(num_hidden_layers=4)
+    settings = {"target_modules": ["q_proj", "v_proj"], **settings}
+    config = FAMILIES["llama"].config(**settings)
+    patch = Patch.load(families.save_adapter(base, config, tmp_path / "old"))
+    cut(patch, IndexMap.of(layers=(4, keep))).save(tmp_path / "new")
+    made = Patch.load(tmp_path / "new")
+    target = families.llama(num_hidden_layers=len(keep))
+    before, whole = families.state(target), families.state(base)
+    for name in before:
+        if ".layers." in name:
+            new = int(name.split(".")[2])
+            if keep[new] is not None:
+                before[name] = whole[name.replace(f"layers.{new}.", f"layers.{keep[new]}.")]
+        else:
+            before[name] = whole[name]
+    got, full = applied(before, made, "torch"), applied(whole, patch, "torch")
+    for name in before:
+        if ".layers." not in name:
+            assert torch.equal(got[name], full[name])
+            continue
+        old = keep[int(name.split(".")[2])]
+        expected = before[name] if old is None else full[".".join([*name.split(".")[:2], str(old), *name.split(".")[3:]])]
+        assert torch.equal(got[name], expected), name
+    target.load_state_dict(before)
+    merged = families.peft_merged(target.double(), tmp_path / "new")
+    families.assert_close(got, {name: merged.state_dict()[name] for name in got}, 1e-5)
+
+
+def test_stacks_of_one_model_are_cut_apart(tmp_path: Path) -> None:
+    patch = adapter("t5", tmp_path)
+    made = cut(patch, IndexMap.of(layers={"encoder.block": (2, [1]), "decoder.block": (2, [0, None, 1])}))
+    numbers = {(m.split(".")[0], int(m.split(".")[2])) for m in (e.module for e in made.entries)}
+    assert numbers == {("encoder", 0), ("decoder", 0), ("decoder", 2)}
+    target = families.t5(num_layers=1, num_decoder_layers=3)
+    portllm.apply(target, made)
+
+
+# -- grown models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grown_models_keep_what_is_new(family: str, tmp_path: Path) -> None:
+    """Rows, columns, heads, experts and layers added at random places: they get nothing, all else what it got."""
+    rng = random.Random(torch.initial_seed())
+    kept: dict[str, Kept] = {}
+    for kind, count in FAMILY_SIZES[family].items():
+        keep: list[int | None] = list(range(count))
+        if kind in ("heads", "kv_heads") and "kv_heads" in FAMILY_SIZES[family]:
+            keep += [None] * (count // 2)  # one more group
+        else:
+            for _ in range(rng.randint(1, 2)):
+                keep.insert(rng.randint(0, len(keep)), None)
+        kept[kind] = keep
+    assert_commutes(family, state_of(family, BF16), adapter(family, tmp_path), kept)
+
+
+def test_a_larger_vocabulary_keeps_its_new_rows(tmp_path: Path) -> None:
+    """Factors of an embedding are padded; saved rows are filled up with the new model's, which must be given."""
+    grown: dict[str, Kept] = {"vocabulary": [*range(VOCAB), None, None, None]}
+    factors = adapter("llama", tmp_path / "a", target_modules=["embed_tokens", "lm_head", "q_proj"])
+    assert_commutes("llama", state_of("llama"), factors, grown)
+    saved = adapter("llama", tmp_path / "b", modules_to_save=["embed_tokens", "lm_head"])
+    base = state_of("llama", BF16)
+    new = prune("llama", base, grown)
+    with pytest.raises(PlanError, match=r"\.weight replaces .*give the new model.*--pruned"):
+        cut(saved, index_map("llama", grown))
+    with pytest.raises(PlanError, match=r"is \[99, 32\] by the map, but is \[96, 32\]"):
+        cut(saved, index_map("llama", grown), model=base)
+    got = applied(new, cut(saved, index_map("llama", grown), model=new), "torch")
+    truth = prune("llama", applied(base, saved, "torch"), grown, new=new)
+    for name in truth:
+        assert same_bits(got[name], truth[name])
+
+
+def test_strict_checks_stay_strict(tmp_path: Path) -> None:
+    """The uncut patch does not fit the grown model, and the cut one must still find all of its own layers."""
+    patch = adapter("llama", tmp_path)
+    grown = families.llama(num_hidden_layers=3)
+    with pytest.raises(PlanError, match="no factors for 7 modules"):
+        portllm.apply(grown, patch)
+    made = cut(patch, IndexMap.of(layers=(2, [0, None, 1])))
+    portllm.apply(grown, made)
+    with pytest.raises(PlanError, match="7 names of the patch are not in the target"):
+        portllm.apply(families.llama(), made)
+
+
+# -- maps ------------------------------------------------------------------------------------------------------------
+
+
+def test_maps_are_json(tmp_path: Path) -> None:
+    made = IndexMap.of(
+        layers=(4, [0, None, 3]),
+        heads={"": (4, [0, 1]), "layers.3": (4, [2, 3])},
+        kv_heads={"": (2, [0]), "layers.3": (2, [1])},
+        dimensions={r"\.wq$": ("heads", "hidden")},
+    )
+    made.save(tmp_path / "map.json")
+    assert IndexMap.load(tmp_path / "map.json") == made
+    assert json.loads((tmp_path / "map.json").read_text())["layers"] == {"": {"of": 4, "keep": [0, None, 3]}}
+    assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
+
+
+@pytest.mark.parametrize(
+    "kinds, message",
+    [
+        ({"neurons": (3, [0])}, "there is no dimension 'neurons'; choose from layers, hidden"),
+        ({"hidden": (3, [0, 3])}, "hidden: keep has 3, but the base's indices are 0 to 2"),
+        ({"hidden": (3, [True])}, "keep has True"),
+        ({"hidden": (0, [0])}, "of=0 must be how many the base has"),
+        ({"hidden": {"layers.1": (3, [])}}, "hidden for 'layers.1': keep is empty"),
+        ({"hidden": (3, "012")}, "must be a list of the base's indices"),
+        ({"heads": (4, [0, 2]), "kv_heads": (2, [0])}, "query head 2 of the base reads key/value head 1, but as head 1"),
+        ({"heads": (4, [0, 1, 2]), "kv_heads": (2, [0, 1])}, "4 over 2 in the base, 3 over 2 in the new model"),
+        ({"hidden": (3, [0]), "dimensions": {"(": ("heads", "-")}}, "is not a regular expression"),
+        ({"hidden": (3, [0]), "dimensions": {"x": ("head", "-")}}, "there is no dimension 'head'; choose from hidden"),
+    ],
+)
+def test_maps_that_cannot_be(kinds: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        IndexMap.of(**kinds)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]", "not a map of version 1"),
+        ('{"version": 2}', "not a map of version 1"),
+        ('{"version": 1, "heads": [0, 1]}', 'each kind must be {PLACE: {"of": 32'),
+        ('{"version": 1, "heads": {"": {"keep": [0]}}}', "garbled"),
+        ('{"version": 1, "heads": {"": {"of": 4, "keep": 3}}}', "heads: keep=3 must be a list"),
+        ('{"version": 1, "dimensions": {"x": "heads"}}', "garbled"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_files_that_are_no_maps(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=message) as error:
+        IndexMap.load(file)
+    assert str(error.value).startswith(str(file))
+
+
+def one_module(name: str, out: int, inner: int) -> Patch:
+    return Patch.from_tensors(tiny.factors([name], out, inner), {**tiny.ADAPTER, "target_modules": [name.split(".")[-1]]})
+
+
+def test_what_a_map_does_not_say() -> None:
+    q_proj = one_module("model.layers.0.self_attn.q_proj", 24, 16)
+    with pytest.raises(PlanError, match=r"q_proj has 16 columns, but the map is for a base with 20 \(hidden\)"):
+        cut(q_proj, IndexMap.of(hidden=(20, [0])))
+    with pytest.raises(PlanError, match=r"q_proj has 16 columns, but the map is for a base with 8"):
+        cut(q_proj, IndexMap.of(hidden=(8, [0])))  # a multiple of it is no fit
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attn\.q_proj.* has 24 rows, but .* with 5 \(heads\)"):
+        cut(q_proj, IndexMap.of(heads=(5, [0]), kv_heads=(5, [0])))
+    with pytest.raises(PatchError, match="nothing of it is left"):
+        cut(q_proj, IndexMap.of(layers=(2, [1])))
+    layer_7 = one_module("model.layers.7.self_attn.k_proj", 24, 16)
+    with pytest.raises(PlanError, match="a base with 4 layers, 0 to 3"):
+        cut(layer_7, IndexMap.of(layers=(4, [1])))
+    with pytest.raises(PlanError, match="the map has heads, but no kv_heads"):
+        cut(layer_7, IndexMap.of(heads=(4, [1])))
+    qkv = one_module("model.layers.0.self_attn.qkv_proj", 32, 16)
+    with pytest.raises(PlanError, match=r"holds heads\+kv_heads\+kv_heads, but the map does not say the heads"):
+        cut(qkv, IndexMap.of(kv_heads=(4, [1])))
+    with pytest.raises(PlanError, match="'layers.0' and 'self_attn.q_proj' both hold there"):
+        cut(q_proj, IndexMap.of(hidden={"layers.0": (16, [0]), "self_attn.q_proj": (16, [1])}))
+
+
+def test_families_outside_of_the_table() -> None:
+    """An error that says how to name the axes; layers alone need no table."""
+    patch = one_module("net.layers.1.mixer.wq", 24, 16)
+    with pytest.raises(PlanError, match=r'net\.layers\.1\.mixer\.wq: its dimensions are not known.*"wq\$": \["heads"'):
+        cut(patch, IndexMap.of(hidden=(16, [3, 4])))
+    assert list(cut(patch, IndexMap.of(layers=(2, [1]))).tensors)[0].startswith("base_model.model.net.layers.0.mixer")
+    made = cut(patch, IndexMap.of(hidden=(16, [3, 4]), heads=(4, [1]), dimensions={r"\.wq$": ("heads", "hidden")}))
+    [entry] = made.entries
+    [old] = patch.entries
+    assert torch.equal(entry.lora_A, old.lora_A[:, [3, 4]])
+    assert torch.equal(entry.lora_B, old.lora_B[6:12])
+
+
+def test_the_bases_fingerprint_does_not_stay(tmp_path: Path) -> None:
+    patch = portllm.stamp(adapter("llama", tmp_path), state_of("llama")).with_metadata(note="kept")
+    made = cut(patch, index_map("llama", {"hidden": [1, 2]}))
+    assert dict(made.metadata) == {**{k: v for k, v in patch.metadata.items() if k != "portllm.base"}, "note": "kept"}
