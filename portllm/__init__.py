@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .live import apply as apply
     from .live import plan as plan
     from .live import remove as remove
+    from .matching import match as match
     from .movement import Drift as Drift
     from .movement import drift as drift
     from .ops import lowrank_add_ as lowrank_add_
@@ -79,6 +80,7 @@ _HOMES = {
     "drift": "movement",
     "extract": "extraction",
     "lowrank_add_": "ops",
+    "match": "matching",
     "negate": "algebra",
     "plan": "live",
     "rebase": "rebasing",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import portllm
-from portllm import IndexMap, Patch, _native, cut, ops
+from portllm import IndexMap, Patch, _native, cut, match, ops
 from portllm.errors import PatchError, PlanError, UnsupportedPatchError
 
 from . import families, tiny
@@ -519,3 +519,51 @@ def test_the_bases_fingerprint_does_not_stay(tmp_path: Path) -> None:
     patch = portllm.stamp(adapter("llama", tmp_path), state_of("llama")).with_metadata(note="kept")
     made = cut(patch, index_map("llama", {"hidden": [1, 2]}))
     assert dict(made.metadata) == {**{k: v for k, v in patch.metadata.items() if k != "portllm.base"}, "note": "kept"}
+
+
+# -- maps that are found ---------------------------------------------------------------------------------------------
+
+
+def as_model(family: str, state: Mapping[str, Tensor], kept: Mapping[str, Kept]) -> Any:
+    """The tensors with the configuration that tells the number of heads."""
+    return Configured(state, FAMILIES[family].build().config)
+
+
+class Configured(dict):  # type: ignore[type-arg]
+    """A state dict with a configuration, as a model has."""
+
+    def __init__(self, state: Mapping[str, Tensor], config: Any) -> None:
+        super().__init__(state)
+        self.config = config
+
+
+def ordered(kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    return {kind: sorted(keep, key=lambda i: -1 if i is None else i) for kind, keep in kept.items()}
+
+
+def assert_found(family: str, base: Mapping[str, Tensor], kept: Mapping[str, Kept], **known: Any) -> IndexMap:
+    found = match(as_model(family, base, kept), as_model(family, prune(family, base, kept), kept), **known)
+    wanted = index_map(family, {kind: keep for kind, keep in kept.items()})
+    sizes = FAMILY_SIZES[family]
+    for kind, count in sizes.items():
+        keep = tuple(kept.get(kind, range(count)))
+        places = found.selections.get(kind, {})
+        assert all(one.of == count and one.keep == keep for one in places.values()), kind
+        assert places or keep == tuple(range(count)), kind
+    assert wanted.selections.keys() >= {k for k, s in found.selections.items() if not all(o.is_identity for o in s.values())}
+    return found
+
+
+@pytest.mark.parametrize("family, kind", [*KINDS, *((name, "vocabulary") for name in FAMILIES)])
+def test_each_dimension_is_found(family: str, kind: str) -> None:
+    kept = random_kept(family, [kind], random.Random(torch.initial_seed()))
+    assert_found(family, state_of(family, BF16), kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+def test_all_dimensions_are_found_at_once(family: str, seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [kind for kind in FAMILY_SIZES[family] if kind != "vocabulary" and rng.random() < 0.7]
+    assert_found(family, state_of(family, BF16), random_kept(family, kinds, rng))
