@@ -24,7 +24,7 @@ from .naming import PREFIXES, canonical
 from .planning import some
 from .readable import Model, ReadableModel
 from .reference import FLOAT_DTYPES
-from .structure import IndexMap, Selection, take
+from .structure import IndexMap, Selection
 
 # Where the heads and the neurons of one place begin and end: each attention, each expert, else the layer.
 _ATTENTION = re.compile(r"^.*?\.\w*(?:attn|attention|Attention)(?=\.)")
@@ -78,7 +78,7 @@ class _Side:
 
     def read(self, name: str) -> Tensor:
         tensor = self.model.read(self.names[name])
-        return tensor.T if self._is_transposed(name) else tensor
+        return tensor.t() if self._is_transposed(name) else tensor
 
     def _is_transposed(self, name: str) -> bool:
         known = self.model.target.transposed(self.names[name])
@@ -191,7 +191,7 @@ class _Matcher:
             tensor = tensor if weight.experts is None else tensor[weight.experts[i]]
             tensor = tensor.T if swapped else tensor
             pair.append(tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.movedim(axis, 0)[:, :first])
-        pair[0] = take(pair[0], 1, index)
+        pair = [_of_base(matrix, index, is_new=i == 1) for i, matrix in enumerate(pair)]
         dtype = torch.promote_types(pair[0].dtype, pair[1].dtype)
         hashes = [_hashes(m.to(dtype), sides[axis], kind, count) for m, count in zip(pair, counts, strict=True)]
         keep = _pair(*hashes)
@@ -296,8 +296,9 @@ class _Matcher:
             return set()
         tensor = side.read(name)
         matrix = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor if sides[1] == ("hidden",) else tensor.T
-        if side is self._old:
-            matrix = take(matrix, 1, IndexMap(self._found).indices(("hidden",), _module(name), matrix.shape[1]))
+        # The new model may have renumbered the layer, but hidden dimensions are the same in all of them.
+        index = None if self._hidden is None else IndexMap(self._found).indices(("hidden",), "", self._hidden)
+        matrix = _of_base(matrix, index, is_new=side is self._new)
         return set(_hashes(matrix.float(), ("line",), "line", {"line": len(matrix)}))
 
     def _layer(self, stack: str, old: int, new: int) -> None:
@@ -338,6 +339,12 @@ class _Matcher:
             except PlanError:
                 continue
             for new in made.new_names(name):
+                if new not in self._new.names and STACK.search(new):
+                    raise PlanError(
+                        f"{self._new.model.label} has no {new}, which is the base's {self._old.names[name]} by what "
+                        "was found; both models must be in one layout (fused or not, experts stacked or not), or "
+                        f"{_GIVE}"
+                    )
                 if new not in self._new.names or len(shape) > 2:
                     continue
                 expected = []
@@ -365,7 +372,7 @@ class _Matcher:
 def _hashes(matrix: Tensor, kinds: Sequence[str], kind: str, counts: Mapping[str, int]) -> list[bytes]:
     """A hash of each of a kind along the rows of a matrix: of all its rows in all parts of a fused weight."""
     unit = len(matrix) // sum(counts[k] for k in kinds)
-    data: Any = matrix.contiguous().view(torch.uint8).reshape(len(matrix), -1).numpy()
+    data: Any = matrix.cpu().contiguous().view(-1).view(torch.uint8).view(len(matrix), -1).numpy()
     digests = [hashlib.blake2b(digest_size=16) for _ in range(counts[kind])]
     start = 0
     for k in kinds:
@@ -374,6 +381,18 @@ def _hashes(matrix: Tensor, kinds: Sequence[str], kind: str, counts: Mapping[str
                 digest.update(data[start + i * unit : start + (i + 1) * unit])
         start += counts[k] * unit
     return [digest.digest() for digest in digests]
+
+
+def _of_base(matrix: Tensor, index: Tensor | None, *, is_new: bool) -> Tensor:
+    """The columns that both models have, in the order of the new one, which has added the others.
+
+    Args:
+        matrix: of the base, or of the new model.
+        index: the base's column for each of the new model's, -1 for an added one; None: they are the same.
+    """
+    if index is None:
+        return matrix
+    return matrix[:, index >= 0] if is_new else matrix[:, index[index >= 0]]
 
 
 def _pair(old: Sequence[bytes], new: Sequence[bytes]) -> list[int | None] | str:

@@ -1,4 +1,4 @@
-"""Patches for pruned and grown models: cut to an index map, which is given or found. Truth: pruning written out here."""
+"""Patches for pruned and grown models, by a map that is given or found. The truth: pruning written out here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import portllm
-from portllm import IndexMap, Patch, _native, cut, match, ops
+from portllm import IndexMap, Patch, _native, cli, cut, match, ops
 from portllm.errors import PatchError, PlanError, UnsupportedPatchError
 
 from . import families, tiny
@@ -36,7 +36,8 @@ _LLAMA = {
 STORED = {
     **dict.fromkeys(("llama", "mistral", "gemma2", "qwen3"), _LLAMA),
     "phi3": {**_LLAMA, "qkv_proj.weight": ("qkk", "h"), "gate_up_proj.weight": ("ff", "h")},
-    "mixtral": {**_LLAMA, "mlp.gate.weight": "eh", "gate_up_proj": ("e", "ff", "h"), "experts.down_proj": "ehf"},
+    "mixtral": {**_LLAMA, "mlp.gate.weight": "eh", "gate_up_proj": ("e", "ff", "h"), "experts.down_proj": "ehf",
+                "block_sparse_moe.gate.weight": "eh", "w1.weight": "fh", "w2.weight": "hf", "w3.weight": "fh"},
     "gpt2": {
         "wte.weight": "vh", "lm_head.weight": "vh", "wpe.weight": "-h", "c_attn.weight": ("h", "qqq"),
         "c_attn.bias": ("qqq",), "attn.c_proj.weight": "qh", "c_fc.weight": "hf", "c_fc.bias": "f",
@@ -60,7 +61,7 @@ STORED = {
 }  # fmt: skip
 SIZES = {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 32, "intermediate": 44, "vocabulary": VOCAB}
 FAMILY_SIZES = {
-    **{name: SIZES for name in FAMILIES},
+    **dict.fromkeys(FAMILIES, SIZES),
     "mixtral": {**SIZES, "intermediate": 20, "experts": 4},
     "gpt2": {k: v for k, v in {**SIZES, "intermediate": 128}.items() if k != "kv_heads"},
     "bert": {k: v for k, v in SIZES.items() if k != "kv_heads"},
@@ -282,7 +283,12 @@ def test_dora_of_an_embedding_is_cut_with_whole_columns_only(tmp_path: Path) -> 
 
 def test_experts_of_their_own_are_cut_and_renumbered() -> None:
     """Adapters on one module for each expert, in the layout of checkpoints, with other neurons in each expert."""
-    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["w1", "w2", "w3"], "alpha_pattern": {r"experts\.2\.w1": 3}}
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["w1", "w2", "w3"],
+        "alpha_pattern": {r"experts\.2\.w1": 3},
+    }
     tensors: dict[str, Tensor] = {}
     for expert in range(3):
         name = f"model.layers.0.block_sparse_moe.experts.{expert}"
@@ -293,8 +299,12 @@ def test_experts_of_their_own_are_cut_and_renumbered() -> None:
     prefix = "base_model.model.model.layers.0.block_sparse_moe.experts."
     assert len(made.tensors) == 12
     for new, old, rows in ((0, 2, [5, 0]), (1, 0, [1, 2])):
-        assert torch.equal(made.tensors[f"{prefix}{new}.w1.lora_B.weight"], tensors[f"{prefix}{old}.w1.lora_B.weight"][rows])
-        assert torch.equal(made.tensors[f"{prefix}{new}.w2.lora_A.weight"], tensors[f"{prefix}{old}.w2.lora_A.weight"][:, rows])
+        assert torch.equal(
+            made.tensors[f"{prefix}{new}.w1.lora_B.weight"], tensors[f"{prefix}{old}.w1.lora_B.weight"][rows]
+        )
+        assert torch.equal(
+            made.tensors[f"{prefix}{new}.w2.lora_A.weight"], tensors[f"{prefix}{old}.w2.lora_A.weight"][:, rows]
+        )
         assert torch.equal(made.tensors[f"{prefix}{new}.w3.lora_A.weight"], tensors[f"{prefix}{old}.w3.lora_A.weight"])
     scalings = {entry.module.split("experts.")[1]: entry.scaling for entry in made.entries}
     assert scalings == {"0.w1": 1.5, **dict.fromkeys(("0.w2", "0.w3", "1.w1", "1.w2", "1.w3"), 4.0)}
@@ -355,7 +365,9 @@ def test_layers_keep_their_ranks_and_scalings_under_new_numbers(
             assert torch.equal(got[name], full[name])
             continue
         old = keep[int(name.split(".")[2])]
-        expected = before[name] if old is None else full[".".join([*name.split(".")[:2], str(old), *name.split(".")[3:]])]
+        expected = (
+            before[name] if old is None else full[".".join([*name.split(".")[:2], str(old), *name.split(".")[3:]])]
+        )
         assert torch.equal(got[name], expected), name
     target.load_state_dict(before)
     merged = families.peft_merged(target.double(), tmp_path / "new")
@@ -445,7 +457,10 @@ def test_maps_are_json(tmp_path: Path) -> None:
         ({"hidden": (0, [0])}, "of=0 must be how many the base has"),
         ({"hidden": {"layers.1": (3, [])}}, "hidden for 'layers.1': keep is empty"),
         ({"hidden": (3, "012")}, "must be a list of the base's indices"),
-        ({"heads": (4, [0, 2]), "kv_heads": (2, [0])}, "query head 2 of the base reads key/value head 1, but as head 1"),
+        (
+            {"heads": (4, [0, 2]), "kv_heads": (2, [0])},
+            "query head 2 of the base reads key/value head 1, but as head 1",
+        ),
         ({"heads": (4, [0, 1, 2]), "kv_heads": (2, [0, 1])}, "4 over 2 in the base, 3 over 2 in the new model"),
         ({"hidden": (3, [0]), "dimensions": {"(": ("heads", "-")}}, "is not a regular expression"),
         ({"hidden": (3, [0]), "dimensions": {"x": ("head", "-")}}, "there is no dimension 'head'; choose from hidden"),
@@ -477,7 +492,9 @@ def test_files_that_are_no_maps(text: str, message: str, tmp_path: Path) -> None
 
 
 def one_module(name: str, out: int, inner: int) -> Patch:
-    return Patch.from_tensors(tiny.factors([name], out, inner), {**tiny.ADAPTER, "target_modules": [name.split(".")[-1]]})
+    return Patch.from_tensors(
+        tiny.factors([name], out, inner), {**tiny.ADAPTER, "target_modules": [name.split(".")[-1]]}
+    )
 
 
 def test_what_a_map_does_not_say() -> None:
@@ -498,7 +515,7 @@ def test_what_a_map_does_not_say() -> None:
     qkv = one_module("model.layers.0.self_attn.qkv_proj", 32, 16)
     with pytest.raises(PlanError, match=r"holds heads\+kv_heads\+kv_heads, but the map does not say the heads"):
         cut(qkv, IndexMap.of(kv_heads=(4, [1])))
-    with pytest.raises(PlanError, match="'layers.0' and 'self_attn.q_proj' both hold there"):
+    with pytest.raises(PlanError, match=r"'layers\.0' and 'self_attn\.q_proj' both hold there"):
         cut(q_proj, IndexMap.of(hidden={"layers.0": (16, [0]), "self_attn.q_proj": (16, [1])}))
 
 
@@ -507,7 +524,7 @@ def test_families_outside_of_the_table() -> None:
     patch = one_module("net.layers.1.mixer.wq", 24, 16)
     with pytest.raises(PlanError, match=r'net\.layers\.1\.mixer\.wq: its dimensions are not known.*"wq\$": \["heads"'):
         cut(patch, IndexMap.of(hidden=(16, [3, 4])))
-    assert list(cut(patch, IndexMap.of(layers=(2, [1]))).tensors)[0].startswith("base_model.model.net.layers.0.mixer")
+    assert all(".net.layers.0.mixer" in key for key in cut(patch, IndexMap.of(layers=(2, [1]))).tensors)
     made = cut(patch, IndexMap.of(hidden=(16, [3, 4]), heads=(4, [1]), dimensions={r"\.wq$": ("heads", "hidden")}))
     [entry] = made.entries
     [old] = patch.entries
@@ -524,7 +541,7 @@ def test_the_bases_fingerprint_does_not_stay(tmp_path: Path) -> None:
 # -- maps that are found ---------------------------------------------------------------------------------------------
 
 
-def as_model(family: str, state: Mapping[str, Tensor], kept: Mapping[str, Kept]) -> Any:
+def as_model(family: str, state: Mapping[str, Tensor]) -> Any:
     """The tensors with the configuration that tells the number of heads."""
     return Configured(state, FAMILIES[family].build().config)
 
@@ -537,20 +554,18 @@ class Configured(dict):  # type: ignore[type-arg]
         self.config = config
 
 
-def ordered(kept: Mapping[str, Kept]) -> dict[str, Kept]:
-    return {kind: sorted(keep, key=lambda i: -1 if i is None else i) for kind, keep in kept.items()}
-
-
 def assert_found(family: str, base: Mapping[str, Tensor], kept: Mapping[str, Kept], **known: Any) -> IndexMap:
-    found = match(as_model(family, base, kept), as_model(family, prune(family, base, kept), kept), **known)
-    wanted = index_map(family, {kind: keep for kind, keep in kept.items()})
+    found = match(as_model(family, base), as_model(family, prune(family, base, kept)), **known)
+    wanted = index_map(family, kept)
     sizes = FAMILY_SIZES[family]
     for kind, count in sizes.items():
         keep = tuple(kept.get(kind, range(count)))
         places = found.selections.get(kind, {})
         assert all(one.of == count and one.keep == keep for one in places.values()), kind
         assert places or keep == tuple(range(count)), kind
-    assert wanted.selections.keys() >= {k for k, s in found.selections.items() if not all(o.is_identity for o in s.values())}
+    assert wanted.selections.keys() >= {
+        k for k, s in found.selections.items() if not all(o.is_identity for o in s.values())
+    }
     return found
 
 
@@ -567,3 +582,188 @@ def test_all_dimensions_are_found_at_once(family: str, seed: int) -> None:
     rng = random.Random(seed)
     kinds = [kind for kind in FAMILY_SIZES[family] if kind != "vocabulary" and rng.random() < 0.7]
     assert_found(family, state_of(family, BF16), random_kept(family, kinds, rng))
+
+
+def test_layers_may_have_heads_and_neurons_of_their_own() -> None:
+    """As pruning by importance leaves them; the same number in each layer, as configurations want it, or not."""
+    base = state_of("llama", BF16)
+    kept = [{"intermediate": [1, 5, 40], "heads": [0, 3], "kv_heads": [0, 1]},
+            {"intermediate": [7, 9], "heads": [2, 3], "kv_heads": [1]}]  # fmt: skip
+    parts = [prune("llama", base, one) for one in kept]
+    pruned = {name: parts[1 if "layers.1." in name else 0][name] for name in base}
+    found = match(as_model("llama", base), as_model("llama", pruned))
+    for layer, one in enumerate(kept):
+        for kind, place in (("intermediate", ""), ("heads", ".self_attn"), ("kv_heads", ".self_attn")):
+            assert found.selections[kind][f"layers.{layer}{place}"].keep == tuple(one[kind])
+    patch = Patch.from_tensors(
+        tiny.factors(["model.layers.1.mlp.down_proj"], 32, 44),
+        {**tiny.ADAPTER, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+    )
+    portllm.apply(pruned, cut(patch, found))
+
+
+def test_one_weight_that_was_not_trained_further_is_enough(tmp_path: Path) -> None:
+    """And where all were, the error says which were tried, and what to do."""
+    base, kept = state_of("llama"), {"hidden": [*range(20)], "intermediate": [*range(0, 44, 3)], "layers": [1]}
+    pruned = prune("llama", base, kept)
+    frozen = ("lm_head.weight", "layers.0.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight")
+    trained = {n: t if n.endswith(frozen) else t + 1e-3 * torch.randn_like(t) for n, t in pruned.items()}
+    whole, partly = (match(as_model("llama", base), as_model("llama", state)) for state in (pruned, trained))
+    assert whole == partly
+    trained["lm_head.weight"] = trained["lm_head.weight"] + 1e-3
+    message = (
+        r"the pruned model: its hidden cannot be found in the base model, tried model\.embed_tokens\.weight "
+        r"\(20 of its 20 are none of the base's 32\).*trained further.*--map"
+    )
+    with pytest.raises(PlanError, match=message):
+        match(as_model("llama", base), as_model("llama", trained))
+    given = match(as_model("llama", base), as_model("llama", trained), known=index_map("llama", {"hidden": range(20)}))
+    assert given == whole
+    trained["model.layers.0.mlp.up_proj.weight"] = -trained["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(PlanError, match=r"its intermediate of layers\.1 cannot.*gate_proj.weight.*up_proj"):
+        match(as_model("llama", base), as_model("llama", trained), known=index_map("llama", {"hidden": range(20)}))
+
+
+def test_rows_that_are_there_twice() -> None:
+    """All kept: they are paired in order. Some kept: nothing tells which."""
+    base = state_of("llama")
+    base["model.embed_tokens.weight"][[7, 8]] = base["lm_head.weight"][[7, 8]] = 0.5
+    both = {"vocabulary": [1, 7, 8, 50]}
+    assert_found("llama", base, both)
+    with pytest.raises(PlanError, match=r"vocabulary cannot be found.*\(its 1 is the base's 7 and 8 alike\)"):
+        match(base, prune("llama", base, {"vocabulary": [1, 8, 50]}))
+    for name in [n for n in base if "layers.1." in n]:
+        base[name] = base[name.replace("layers.1.", "layers.0.")].clone()
+    with pytest.raises(PlanError, match=r"layers of layers cannot be found.*its 0 is the base's 0 and 1 alike"):
+        match(base, prune("llama", base, {"layers": [1]}))
+
+
+def test_grown_models_are_found() -> None:
+    base = state_of("llama", BF16)
+    assert_found("llama", base, {"vocabulary": [*range(VOCAB), None, None], "layers": [0, None, 1]})
+    assert_found("llama", base, {"layers": [0, 1, 0, 1]})
+    assert_found("llama", base, {"intermediate": [0, None, *range(1, 44)], "hidden": [*range(32), None]})
+    assert_found("llama", base, {"heads": [0, 1, 0, 1, 2, 3, 2, 3], "kv_heads": [0, 0, 1, 1]})
+    # New rows where others are gone could as well be old ones that were trained.
+    with pytest.raises(PlanError, match=r"vocabulary cannot be found.*1 of its 3 are none of the base's 96"):
+        match(base, prune("llama", base, {"vocabulary": [3, None, 5]}))
+
+
+def test_larger_vocabularies_of_fewer_dimensions() -> None:
+    """Tokens behind the others leave the columns comparable; tokens in between do not."""
+    base = state_of("llama")
+    assert_found("llama", base, {"vocabulary": [*range(VOCAB), None], "hidden": [3, 4, 31]})
+    pruned = prune("llama", base, {"vocabulary": [4, 2], "hidden": [3, 4, 31]})
+    with pytest.raises(PlanError, match="its hidden cannot be found"):
+        match(base, pruned)
+    found = match(base, pruned, known=index_map("llama", {"vocabulary": [4, 2]}))
+    assert found == index_map("llama", {"vocabulary": [4, 2], "hidden": [3, 4, 31]})
+
+
+def test_heads_need_their_number() -> None:
+    base, kept = state_of("llama"), {"heads": [0, 1], "kv_heads": [0]}
+    with pytest.raises(PlanError, match=r"q_proj: the number of heads of the base model is not known; give a model"):
+        match(base, prune("llama", base, kept))
+    assert match(base, prune("llama", base, {"intermediate": [4]})) == index_map("llama", {"intermediate": [4]})
+
+
+def test_what_is_not_explained_is_an_error() -> None:
+    base = state_of("llama")
+    pruned = dict(base)
+    for name in base:  # no weight is left that could say which dimensions these are
+        if "embed" in name or "lm_head" in name:
+            pruned.pop(name)
+        elif base[name].dim() == 2 and "q_proj" in name:
+            pruned[name] = base[name][:, :5].contiguous()
+    with pytest.raises(
+        PlanError, match=r"layers\.0\.self_attn\.q_proj\.weight is \[32, 5\] .* where \[32, 32\] remain"
+    ):
+        match(base, pruned)
+
+
+def test_models_on_disk_under_other_names(tmp_path: Path) -> None:
+    """Checkpoints with config.json; the pruned one without its head, as AutoModel saves it; GPT-2 stores [in, out]."""
+    for family in ("llama", "gpt2", "phi3", "mixtral"):
+        model = FAMILIES[family].build()
+        model.save_pretrained(tmp_path / family)
+        kept = random_kept(family, ["hidden", "heads", "intermediate"], random.Random(torch.initial_seed()))
+        made = prune(family, tiny.read_model(tmp_path / family), kept)
+        pruned = {
+            name.removeprefix("model.").removeprefix("transformer."): tensor.clone()
+            for name, tensor in made.items()
+            if "lm_head" not in name
+        }
+        tiny.write_model(tmp_path / f"{family}-pruned", pruned, config=model.config.to_dict())
+        found = match(tmp_path / family, tmp_path / f"{family}-pruned")
+        for kind, keep in kept.items():
+            if len(keep) < FAMILY_SIZES[family][kind]:
+                assert set(found.selections[kind].values()) == set(index_map(family, kept).selections[kind].values())
+    with pytest.raises(PlanError, match=r"the pruned model has no layers\.0.*both models must be in one layout"):
+        match(tmp_path / "mixtral", families.mixtral())
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Any]:
+    """A base, a pruned model with a larger vocabulary, and an adapter that saves the embedding."""
+    model = FAMILIES["llama"].build()
+    model.save_pretrained(tmp_path / "base")
+    kept: dict[str, Kept] = {"layers": [1], "intermediate": [*range(0, 44, 2)], "vocabulary": [*range(VOCAB), None]}
+    base = families.state(model)
+    pruned = prune("llama", base, kept)
+    tiny.write_model(tmp_path / "pruned", pruned, config=model.config.to_dict())
+    config = FAMILIES["llama"].config(modules_to_save=["embed_tokens"])
+    families.save_adapter(model, config, tmp_path / "adapter")
+    truth = prune("llama", applied(base, Patch.load(tmp_path / "adapter"), "torch"), kept, new=pruned)
+    return {"root": tmp_path, "kept": kept, "pruned": pruned, "truth": truth}
+
+
+def test_the_command_cuts(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    root = files["root"]
+    arguments = ["cut", root / "adapter", "-o", root / "out", "--base", root / "base", "--pruned", root / "pruned"]
+    assert cli.main([str(a) for a in [*arguments, "--save-map", root / "map.json"]]) == 0
+    out = capsys.readouterr().out
+    assert "layers" in out
+    assert "1 of 2" in out
+    assert IndexMap.load(root / "map.json") == index_map("llama", files["kept"])
+    got = applied(files["pruned"], Patch.load(root / "out"), "torch")
+    families.assert_close(got, files["truth"], 1e-5)
+    arguments = [
+        "cut",
+        root / "adapter",
+        "-o",
+        root / "two",
+        "--map",
+        root / "map.json",
+        "--pruned",
+        root / "pruned",
+        "--json",
+    ]
+    assert cli.main([str(a) for a in arguments]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out"] == str(root / "two")
+    assert facts["map"]["layers"] == {"": {"of": 2, "keep": [1]}}
+    one, two = (Patch.load(root / name) for name in ("out", "two"))
+    assert all(same_bits(one.tensors[key], two.tensors[key]) for key in one.tensors)
+    assert facts["parameters"] == one.num_parameters == two.num_parameters
+
+
+def test_the_command_refuses(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    root = files["root"]
+    index_map("llama", {**files["kept"], "intermediate": [1, 2, 3]}).save(root / "other.json")
+    index_map("llama", files["kept"]).save(root / "map.json")
+    for more, message in (
+        ([], "say what is kept: --map MAP, or --base BASE and --pruned PRUNED"),
+        (["--base", root / "base"], "say what is kept"),
+        (["--map", root / "map.json", "--base", root / "base"], "--map and --base both say what is kept"),
+        (["--map", root / "map.json", "--save-map", root / "x.json"], "--save-map is for a map that is found"),
+        (["--map", root / "none.json"], "none.json: cannot be read as JSON"),
+        (["--map", root / "map.json"], "give the new model"),
+        (["--map", root / "other.json", "--pruned", root / "pruned"], "lora_B @ lora_A is [32, 3]"),
+    ):
+        before = tiny.snapshot(root)
+        assert cli.main([str(a) for a in ["cut", root / "adapter", "-o", root / "out", *more]]) == 2
+        assert message in capsys.readouterr().err
+        assert tiny.snapshot(root) == before
