@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from .patch import Patch as Patch
     from .planning import Plan as Plan
     from .rebasing import rebase as rebase
+    from .sparsity import Masked as Masked
+    from .sparsity import Refitted as Refitted
+    from .sparsity import masked as masked
+    from .sparsity import refit as refit
     from .structure import IndexMap as IndexMap
     from .undo import Exact as Exact
     from .undo import applied as applied
@@ -62,6 +66,7 @@ _HOMES = {
     "Extraction": "extraction",
     "InPlaceReport": "inplace",
     "IndexMap": "structure",
+    "Masked": "sparsity",
     "Patch": "patch",
     "PatchBank": "bank",
     "PatchError": "errors",
@@ -69,6 +74,7 @@ _HOMES = {
     "PlanError": "errors",
     "PortllmError": "errors",
     "RecordError": "errors",
+    "Refitted": "sparsity",
     "UnsupportedPatchError": "errors",
     "applied": "undo",
     "apply": "live",
@@ -80,10 +86,12 @@ _HOMES = {
     "drift": "movement",
     "extract": "extraction",
     "lowrank_add_": "ops",
+    "masked": "sparsity",
     "match": "matching",
     "negate": "algebra",
     "plan": "live",
     "rebase": "rebasing",
+    "refit": "sparsity",
     "remove": "live",
     "remove_from_checkpoint": "inplace",
     "scale": "algebra",

@@ -374,13 +374,16 @@ def _check(arguments: argparse.Namespace) -> int:
     patch = _load(arguments.patch, arguments)
     from .checkpoint import plan_checkpoint
     from .fingerprint import cached, check_weights
+    from .sparsity import explain, masked
 
     checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments))
     result = check_weights(patch, plan, cached(checkpoint.read))
+    zeros = masked(plan, checkpoint.read)
     drift = None if arguments.base is None else _drift(patch, arguments)
     if arguments.json:
         weights = [vars(w) | {"relative": w.relative} for w in result.weights]
         facts = {"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()}
+        facts["sparse"] = [vars(one) for one in zeros if one.is_sparse]
         _print_json(facts if drift is None else facts | {"drift": drift.as_dict()})
         return 0
     rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "moved from base")]
@@ -400,6 +403,8 @@ def _check(arguments: argparse.Namespace) -> int:
     _print_table(rows)
     for assign in plan.assigns:
         print(f"replaces {assign.name} {list(assign.value.shape)}")
+    if (line := explain(zeros)) is not None:
+        print(line)
     _print_warnings(plan.warnings)
     base = f" ({result.base})" if result.base else ""
     if drift is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from .bind import ExpertLayout, Options, Target, Tied, bind
@@ -232,13 +233,17 @@ def _unknown(name: str) -> bool | None:
 
 
 def _memory(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.numel() == 0 or _is_sharded(tensor):
+    if tensor.is_meta or tensor.numel() == 0 or _is_sharded(tensor) or _is_compressed(tensor):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")  # DTensor, known without importing torch.distributed
+
+
+def _is_compressed(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.sparse.SparseSemiStructuredTensor)
 
 
 def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
@@ -264,6 +269,12 @@ def _check_live(plan: Plan, live: Target) -> None:
         if _is_sharded(tensor):
             raise PlanError(
                 f"{name} is a DTensor; sharded models cannot be patched live yet, patch the checkpoint instead"
+            )
+        if _is_compressed(tensor):
+            raise PlanError(
+                f"{name} is a {type(tensor).__name__}, which holds non-zeros and their places and cannot be written "
+                "in place; patch the dense weight, weight.to_dense(), with keep_zeros=True, and compress the result "
+                "again with torch.sparse.to_sparse_semi_structured"
             )
         if 0 in tensor.stride() and tensor.numel() > 1:
             raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")
