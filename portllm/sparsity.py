@@ -133,8 +133,8 @@ def explain(found: Sequence[Masked]) -> str | None:
     kinds = sorted({one.pattern or "without a pattern" for one in sparse})
     return (
         f"{len(sparse)} weights are sparse ({', '.join(kinds)}): where zeros stay zeros (keep_zeros, --keep-zeros), up "
-        f"to {worst.lost:.0%} of the patch's squared norm is lost ({worst.source}); portllm.refit makes up for it on the "
-        "inputs that the patch reads"
+        f"to {worst.lost:.0%} of the patch's squared norm is lost ({worst.source}); portllm.refit makes up for it on "
+        "the inputs that the patch reads"
     )
 
 
