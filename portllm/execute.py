@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import PlanError
-from .noise import Mode, store_
+from .noise import NEAREST, Mode, store_
 from .planning import Assign, Plan, Term, Update, modes_for
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
@@ -103,7 +103,7 @@ def _lerp(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return torch.lerp(old.to(dtype), new.to(dtype), strength)
 
 
-def dora_(weight: Tensor, terms: tuple[Term, ...], mode: Mode = Mode()) -> None:
+def dora_(weight: Tensor, terms: tuple[Term, ...], mode: Mode = NEAREST) -> None:
     """DoRA in place (arXiv 2402.09353, eq. 5): ``W <- W + sum_t strength_t (m_t (W + D_t) / ||W + D_t|| - W)``.
 
     Args:

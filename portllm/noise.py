@@ -45,9 +45,12 @@ class Mode(NamedTuple):
     column: int = 0
 
 
+NEAREST = Mode()
+
+
 def modes_of(modes: Sequence[int], count: int) -> list[Mode]:
     """The modes of so many weights, from an op's list: empty, or four ints for each weight."""
-    return [Mode(*modes[4 * i : 4 * i + 4]) for i in range(count)] if modes else [Mode()] * count
+    return [Mode(*modes[4 * i : 4 * i + 4]) for i in range(count)] if modes else [NEAREST] * count
 
 
 def bits(mode: Mode, rows: slice, columns: int, device: torch.device | str = "cpu") -> Tensor:

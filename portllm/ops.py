@@ -449,7 +449,8 @@ def _explained(*arguments: Any) -> Iterator[None]:
         yield
     except RuntimeError:
         try:
-            _check(*arguments[:5], modes=arguments[5])
+            weights, lora_A, lora_B, scalings, n_terms, modes = arguments
+            _check(weights, lora_A, lora_B, scalings, n_terms, modes=modes)
         except ValueError as error:
             raise error from None
         raise

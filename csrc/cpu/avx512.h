@@ -10,6 +10,26 @@
 namespace portllm {
 namespace {
 
+// Stores again what was zero before, two vectors of float or double, or one of 16-bit numbers.
+template <class E>
+[[gnu::always_inline]] inline void restore_zeros_512(E* w, const E* before) {
+  if constexpr (sizeof(E) == 2) {
+    const __m512i old = _mm512_loadu_si512(before);
+    _mm512_mask_storeu_epi16(w, _mm512_testn_epi16_mask(old, _mm512_set1_epi16(0x7fff)), old);
+  } else if constexpr (sizeof(E) == 4) {
+    for (int i = 0; i < 32; i += 16) {
+      const __m512i old = _mm512_loadu_si512(before + i);
+      _mm512_mask_storeu_epi32(w + i, _mm512_testn_epi32_mask(old, _mm512_set1_epi32(0x7fffffff)), old);
+    }
+  } else {
+    for (int i = 0; i < 16; i += 8) {
+      const __m512i old = _mm512_loadu_si512(before + i);
+      const __m512i size = _mm512_set1_epi64(0x7fffffffffffffff);
+      _mm512_mask_storeu_epi64(w + i, _mm512_testn_epi64_mask(old, size), old);
+    }
+  }
+}
+
 struct Avx512Single {
   using Real = float;
   using Vec = __m512;
@@ -17,6 +37,11 @@ struct Avx512Single {
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
   static constexpr bool kPairs = false;
+  template <class E>
+  static void restore_zeros(E* w, const E* before) {
+    restore_zeros_512(w, before);
+  }
+
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -277,6 +302,11 @@ struct Avx512Double {
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
   static constexpr bool kPairs = false;
+  template <class E>
+  static void restore_zeros(E* w, const E* before) {
+    restore_zeros_512(w, before);
+  }
+
   static Vec zero() { return _mm512_setzero_pd(); }
   static Vec set1(double x) { return _mm512_set1_pd(x); }
   static Vec load(const double* p) { return _mm512_loadu_pd(p); }

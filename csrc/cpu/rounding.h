@@ -101,18 +101,28 @@ constexpr bool kVectorChance = requires(E* w, typename S::Vec x, const RowMode& 
   S::update_by_chance(w, x, x, mode, 0);
 };
 
-// What S::update does, for the elements from column `col` of W on, in this mode.
+// What was zero `before` is so again. A SIMD wrapper S may have its own.
 template <class S, class E>
-[[gnu::always_inline]] inline void update_as(E* w, typename S::Vec first, typename S::Vec second,
-                                             const RowMode& mode, uint32_t col) {
+[[gnu::always_inline]] inline void restore_zeros(E* w, const E* before) {
+  if constexpr (requires { S::restore_zeros(w, before); }) {
+    S::restore_zeros(w, before);
+  } else {
+    for (int c = 0; c < 2 * S::kWidth; ++c) w[c] = widen(before[c]) == 0 ? before[c] : w[c];
+  }
+}
+
+// What S::update does, for the elements from column `col` of W on, rounded as the mode says.
+template <class S, class E>
+[[gnu::always_inline]] inline void update_rounded(E* w, typename S::Vec first, typename S::Vec second,
+                                                  const RowMode& mode, uint32_t col) {
   constexpr int kCount = 2 * S::kWidth;
-  E before[kCount];
-  std::memcpy(before, w, sizeof before);
   if (!kIsHalf<E> || !mode.stochastic()) {
     S::update(w, first, second);
   } else if constexpr (kVectorChance<S, E>) {
     S::update_by_chance(w, first, second, mode, col);
   } else if constexpr (kIsHalf<E>) {
+    E before[kCount];
+    std::memcpy(before, w, sizeof before);
     float sums[kCount];
     S::store(sums, first);
     S::store(sums + S::kWidth, second);
@@ -124,9 +134,16 @@ template <class S, class E>
       w[c] = narrow_by_chance(E{}, widen(before[c]) + sums[at], random[c]);
     }
   }
-  if (mode.keeps_zeros()) {
-    for (int c = 0; c < kCount; ++c) w[c] = widen(before[c]) == 0 ? before[c] : w[c];
-  }
+}
+
+template <class S, class E>
+[[gnu::always_inline]] inline void update_as(E* w, typename S::Vec first, typename S::Vec second,
+                                             const RowMode& mode, uint32_t col) {
+  if (!mode.keeps_zeros()) return update_rounded<S>(w, first, second, mode, col);
+  E before[2 * S::kWidth];
+  std::memcpy(before, w, sizeof before);
+  update_rounded<S>(w, first, second, mode, col);
+  restore_zeros<S>(w, before);
 }
 
 // The modes of the rows of a tile; with kModes false there is none, and all is rounded to nearest.
