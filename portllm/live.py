@@ -137,7 +137,8 @@ def apply(
         rounding: how sums become 16-bit weights: "nearest"; "stochastic", by chance, so that on average nothing is
             lost, however small the patch; "auto", for each weight what loses less (see ``portllm.rounding.Rounding``).
         seed: of the random bits. They depend on it and on the place in the model, not on how the model is stored.
-        keep_zeros: weights that are 0 stay 0 (2:4 sparsity).
+        keep_zeros: weights that are 0 stay 0 (2:4 sparsity); the plan's warnings say what of the patch that loses,
+            for which all weights are read once more (see ``portllm.refit``).
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -154,6 +155,10 @@ def apply(
     live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
     _check_live(made, live)
     made = _rounded(made, live, how)
+    if keep_zeros:
+        from .sparsity import with_losses
+
+        made = with_losses(made, lambda name: live.tensors[live.aliases.get(name, made.untie.get(name, name))])
     if undo != "subtract":
         return _exact(target, made, live, undo, verify, backend)
     if made.untie and not isinstance(target, nn.Module | MutableMapping):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -136,6 +136,17 @@ def explain(found: Sequence[Masked]) -> str | None:
         f"to {worst.lost:.0%} of the patch's squared norm is lost ({worst.source}); portllm.refit makes up for it on "
         "the inputs that the patch reads"
     )
+
+
+def with_losses(plan: Plan, read: Read) -> Plan:
+    """A plan that keeps zeros, with warnings of what that loses, and of what is replaced and so keeps none."""
+    warnings = [] if (line := explain(masked(plan, read))) is None else [line]
+    warnings += [
+        f"{assign.name} is sparse, but {assign.sources[0]} replaces values of it by dense ones"
+        for assign in plan.assigns
+        if pattern_of(read(assign.name).detach()) is not None and pattern_of(assign.value) is None
+    ]
+    return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
 # -- refit -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 import portllm
 from portllm import Patch, cli, masked, refit
 from portllm.errors import PlanError, PortllmError
-from portllm.execute import execute
 from portllm.patch import LoraEntry
 from portllm.sparsity import pattern_of
 
@@ -38,11 +36,6 @@ def pruned_to(weight: Tensor, n: int, m: int) -> Tensor:
 
 def sparse_model(named: Mapping[str, Tensor], n: int = 2, m: int = 4) -> dict[str, Tensor]:
     return {name: pruned_to(t, n, m) if name.endswith("_proj.weight") else t for name, t in named.items()}
-
-
-def apply_keeping_zeros(named: dict[str, Tensor], patch: Patch) -> None:
-    plan = portllm.plan(named, patch)
-    execute(replace(plan, updates=tuple(replace(u, keep_zeros=True) for u in plan.updates)), named)
 
 
 def patch_for(out: int = tiny.OUT, inner: int = tiny.IN, rank: int = 4, modules: int = 4, **settings: Any) -> Patch:
@@ -216,7 +209,7 @@ def test_refitted_patches_on_whole_models(family: str, tmp_path: Path) -> None:
     assert len(made.weights) == len(linear(patch))
     assert all(weight.after < 0.5 * weight.before for weight in made.weights)
     named = families.state(model)
-    apply_keeping_zeros(named, made.patch)
+    portllm.apply(named, made.patch, keep_zeros=True)
     changed = families.changed(before, named)
     assert len(changed) == len(made.weights)
     for name in changed:
@@ -267,7 +260,7 @@ def test_patched_weights_compress_again(dtype: torch.dtype) -> None:
 
     named = sparse_model({f"{m}.weight": torch.randn(64, 64).to(dtype) for m in tiny.MODULES})
     before = {name: t.clone() for name, t in named.items()}
-    apply_keeping_zeros(named, patch_for(64, 64))
+    portllm.apply(named, patch_for(64, 64), keep_zeros=True)
     for name, weight in named.items():
         assert not torch.equal(weight, before[name])
         assert pattern_of(weight) == "2:4"
@@ -310,3 +303,42 @@ def test_check_says_what_zeros_lose(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(0.1 < one["lost"] < 0.9 for one in facts)
     assert cli.main(["check", str(adapter), str(sparse)]) == 0
     assert "4 weights are sparse (2:4): where zeros stay zeros" in capsys.readouterr().out
+
+
+# -- applying --------------------------------------------------------------------------------------------------------
+
+
+def test_apply_says_what_zeros_lose(tmp_path: Path) -> None:
+    """In memory and on disk: the same bits, and the same line."""
+    named = sparse_model(tiny.tensors())
+    model, adapter = tiny.write_model(tmp_path / "model", named), tiny.write_adapter(tmp_path / "adapter")
+    report = portllm.apply_checkpoint(model, adapter, tmp_path / "out", keep_zeros=True)
+    before = {name: t.clone() for name, t in named.items()}
+    done = portllm.apply(named, adapter, keep_zeros=True)
+    lines = [[w for w in warnings if "zeros" in w] for warnings in (done.plan.warnings, report.warnings)]
+    assert lines[0] == lines[1]
+    assert lines[0][0].startswith("4 weights are sparse (2:4): where zeros stay zeros")
+    written = tiny.read_model(tmp_path / "out")
+    assert all(tiny.same_bits(written[name], t) for name, t in named.items())
+    assert families.changed(before, named) == {f"{module}.weight" for module in tiny.MODULES}
+    assert all(pattern_of(named[f"{module}.weight"]) == "2:4" for module in tiny.MODULES)
+    assert not any("zeros" in w for w in portllm.apply(before, adapter).plan.warnings)
+
+
+def test_zeros_of_a_bias_are_no_mask(tmp_path: Path) -> None:
+    model = families.bert()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query.bias.zero_()
+    patch = Patch.load(families.save_adapter(model, FAMILIES["bert"].config(lora_bias=True), tmp_path))
+    portllm.apply(model, patch, keep_zeros=True)
+    assert all(bool(layer.attention.self.query.bias.all()) for layer in model.bert.encoder.layer)
+
+
+def test_replaced_weights_keep_no_zeros(tmp_path: Path) -> None:
+    model = families.llama()
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp.up_proj"]}
+    patch = Patch.load(families.save_adapter(model, FAMILIES["llama"].config(**settings), tmp_path))
+    named = sparse_model(families.state(model))
+    warnings = portllm.apply(named, patch, keep_zeros=True).plan.warnings
+    assert any("layers.0.mlp.up_proj.weight is sparse, but" in w for w in warnings)
