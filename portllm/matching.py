@@ -3,7 +3,8 @@
 Equal bits are looked for, by hashes, a tensor at a time: hidden dimensions by the columns of the embedding, then tokens
 by its rows, layers by the rows and norms that they keep, and within each layer heads, neurons and experts. One weight
 that was not trained further since the pruning is enough for each of them. An axis that has kept its size counts as it
-was; its order is not looked at.
+was; its order is not looked at. A layer (head, token) that is there twice counts as the base's both times, also where
+it was copied to begin training from: where such a copy should get nothing of a patch, write null for it.
 """
 
 from __future__ import annotations
@@ -267,7 +268,9 @@ class _Matcher:
             for number, lines in enumerate(sets[1]):
                 fitting = {old for old in candidates[number] if lines and sets[0][old] and lines <= sets[0][old]}
                 if fitting:  # else this weight was trained further, or the layer is new
-                    candidates[number], compared[number] = fitting, True
+                    candidates[number] = fitting
+                    # Norms of ones, as models begin with, are those of a new layer too.
+                    compared[number] |= len(lines) > 1 or len(fitting) == 1 < count
         hashes = [b"%d" % i for i in range(count)]
         found = [b"?" if not seen else b",".join(b"%d" % i for i in sorted(c))
                  for c, seen in zip(candidates, compared, strict=True)]  # fmt: skip
@@ -282,8 +285,7 @@ class _Matcher:
         return tuple(keep)
 
     def _lines(self, side: _Side, name: str | None) -> set[bytes]:
-        """The hashes of a weight's rows or columns, those along which the hidden dimensions lie; none if there are
-        none."""
+        """The hashes of the rows or columns of a weight along which hidden dimensions lie, if there are such."""
         if name is None:
             return set()
         try:

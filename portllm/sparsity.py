@@ -107,18 +107,19 @@ def _masked(source: str, updates: Sequence[Update], read: Read) -> Masked:
         total += update.delta_norm() ** 2
         for rows in row_blocks(*weight.shape):
             empty = weight[rows] == 0
-            found = int(empty.sum())
-            zeros, count = zeros + found, count + empty.numel()
-            if found:
-                lost += float(_delta(update, rows, weight.device).square_()[empty].sum())
+            zeros, count = zeros + int(empty.sum()), count + empty.numel()
+            with_zeros = empty.any(1)
+            if bool(with_zeros.any()):
+                delta = _delta(update, rows.start + with_zeros.nonzero().flatten(), weight.device)
+                lost += float(delta.square_().mul_(empty[with_zeros]).sum())
     pattern = patterns.pop() if len(patterns) == 1 else None
     return Masked(source, pattern, zeros / count if count else 0.0, lost / total if total else 0.0)
 
 
-def _delta(update: Update, rows: slice, device: torch.device) -> Tensor:
-    """Rows of the sum of the terms, in fp64."""
+def _delta(update: Update, rows: Tensor, device: torch.device) -> Tensor:
+    """These rows of the sum of the terms, in fp64."""
     terms = [
-        t.lora_B[rows].to(device).double() @ t.lora_A.to(device).double() * (t.scaling * t.strength)
+        t.lora_B[rows.to(t.lora_B.device)].to(device).double() @ t.lora_A.to(device).double() * (t.scaling * t.strength)
         for t in update.terms
     ]
     return torch.stack(terms).sum(0)

@@ -649,6 +649,16 @@ def test_grown_models_are_found() -> None:
         match(base, prune("llama", base, {"vocabulary": [3, None, 5]}))
 
 
+def test_new_layers_may_have_the_norms_of_old_ones() -> None:
+    base = state_of("llama", BF16)
+    for name in [name for name in base if "layernorm" in name]:
+        base[name] = torch.ones_like(base[name])
+    grown = prune("llama", base, {"layers": [0, None, 1]})
+    for name in [name for name in grown if "layers.1." in name and "layernorm" in name]:
+        grown[name] = torch.ones_like(grown[name])
+    assert match(base, grown) == index_map("llama", {"layers": [0, None, 1]})
+
+
 def test_larger_vocabularies_of_fewer_dimensions() -> None:
     """Tokens behind the others leave the columns comparable; tokens in between do not."""
     base = state_of("llama")
