@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .algebra import truncate as truncate
     from .bank import PatchBank as PatchBank
     from .checkpoint import apply_checkpoint as apply_checkpoint
+    from .cutting import cut as cut
     from .errors import BackendError as BackendError
     from .errors import CheckpointError as CheckpointError
     from .errors import PatchError as PatchError
@@ -39,12 +40,18 @@ if TYPE_CHECKING:
     from .live import apply as apply
     from .live import plan as plan
     from .live import remove as remove
+    from .matching import match as match
     from .movement import Drift as Drift
     from .movement import drift as drift
     from .ops import lowrank_add_ as lowrank_add_
     from .patch import Patch as Patch
     from .planning import Plan as Plan
     from .rebasing import rebase as rebase
+    from .sparsity import Masked as Masked
+    from .sparsity import Refitted as Refitted
+    from .sparsity import masked as masked
+    from .sparsity import refit as refit
+    from .structure import IndexMap as IndexMap
     from .undo import Exact as Exact
     from .undo import applied as applied
     from .undo import swap as swap
@@ -60,6 +67,8 @@ _HOMES: dict[str, str | None] = {
     "Exact": "undo",
     "Extraction": "extraction",
     "InPlaceReport": "inplace",
+    "IndexMap": "structure",
+    "Masked": "sparsity",
     "Patch": "patch",
     "PatchBank": "bank",
     "PatchError": "errors",
@@ -67,6 +76,7 @@ _HOMES: dict[str, str | None] = {
     "PlanError": "errors",
     "PortllmError": "errors",
     "RecordError": "errors",
+    "Refitted": "sparsity",
     "UnsupportedPatchError": "errors",
     "applied": "undo",
     "apply": "live",
@@ -74,13 +84,17 @@ _HOMES: dict[str, str | None] = {
     "cast": "algebra",
     "checkpoint_status": "inplace",
     "combine": "algebra",
+    "cut": "cutting",
     "drift": "movement",
     "extract": "extraction",
     "layouts": None,
     "lowrank_add_": "ops",
+    "masked": "sparsity",
+    "match": "matching",
     "negate": "algebra",
     "plan": "live",
     "rebase": "rebasing",
+    "refit": "sparsity",
     "remove": "live",
     "remove_from_checkpoint": "inplace",
     "scale": "algebra",

@@ -40,6 +40,7 @@ from .progress import Progress
 from .reference import FLOAT_DTYPES
 from .rounding import Kind, ReadRows, Rounding, lost, survivals
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
+from .sparsity import with_losses
 from .stream import stream
 
 # Rows of a tensor are read, patched and written in pieces of about this many bytes, of which so many are in memory.
@@ -177,6 +178,8 @@ def apply_checkpoint(
     made = how.settle(made, tensors, read, dtype)
     survival = survivals(made, tensors, read, dtype)
     made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
+    if keep_zeros:
+        made = with_losses(made, lambda name: checkpoint.read(made.untie.get(name, name)))
     if out is None:
         return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
     job = _Job(checkpoint, made, dtype, backend)

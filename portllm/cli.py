@@ -31,6 +31,7 @@ examples:
   portllm apply ./adapter ./evolved-model --in-place
   portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
+  portllm cut ./adapter -o ./cut --base ./base-model --pruned ./pruned-model --save-map map.json
 
 exit codes: 0 done; 1 status --verify found changes; 2 bad input, 130 interrupted, nothing was written
 """
@@ -150,6 +151,19 @@ def _parser() -> argparse.ArgumentParser:
     _binding_arguments(command)
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    command = _command(commands, "cut", _cut, "fit a patch to a model that was pruned or grown from its base")
+    command.add_argument("patch", metavar="PATCH")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, help="the new patch; must not exist (see --overwrite)"
+    )
+    command.add_argument("--map", type=Path, metavar="MAP", help="JSON of the indices that are kept (see README.md)")
+    command.add_argument("--base", help="the model that the patch was made on, to find the map by equal rows")
+    command.add_argument("--pruned", help="the new model; with --map, to check the patch against it")
+    command.add_argument("--save-map", type=Path, metavar="MAP", help="write the map that was found")
+    command.add_argument("--expert-layout", choices=("out_in", "in_out"), help="for square expert matrices only")
+    _setting_argument(command)
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     command = _command(commands, "inspect", _inspect, "what is in a patch?")
     command.add_argument("patch", metavar="PATCH")
@@ -375,13 +389,16 @@ def _check(arguments: argparse.Namespace) -> int:
     patch = _load(arguments.patch, arguments)
     from .checkpoint import plan_checkpoint
     from .fingerprint import cached, check_weights
+    from .sparsity import explain, masked
 
     checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments))
     result = check_weights(patch, plan, cached(checkpoint.read))
+    zeros = masked(plan, checkpoint.read)
     drift = None if arguments.base is None else _drift(patch, arguments)
     if arguments.json:
         weights = [vars(w) | {"relative": w.relative} for w in result.weights]
         facts = {"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()}
+        facts["sparse"] = [vars(one) for one in zeros if one.is_sparse]
         _print_json(facts if drift is None else facts | {"drift": drift.as_dict()})
         return 0
     rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "survives", "moved from base")]
@@ -406,6 +423,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from .rounding import lost
 
     _print_warnings([*plan.warnings, *lost({w.source: w.survival for w in result.weights}, "nearest")])
+    if (line := explain(zeros)) is not None:
+        print(line)
     base = f" ({result.base})" if result.base else ""
     if drift is not None:
         _print_drift(drift, arguments)
@@ -516,6 +535,42 @@ def _rebase(arguments: argparse.Namespace) -> int:
         _print_json({"out": str(arguments.out), **_numbers(made)})
     else:
         print(f"{arguments.out}: {arguments.patch}, rebased from {arguments.base} to {arguments.model}")
+    return 0
+
+
+def _cut(arguments: argparse.Namespace) -> int:
+    if arguments.map is not None and arguments.base is not None:
+        raise PortllmError("--map and --base both say what is kept; give one of them")
+    if arguments.map is not None and arguments.save_map is not None:
+        raise PortllmError("--save-map is for a map that is found, with --base and --pruned")
+    if arguments.map is None and None in (arguments.base, arguments.pruned):
+        raise PortllmError("say what is kept: --map MAP, or --base BASE and --pruned PRUNED")
+    patch = _load(arguments.patch, arguments)
+    from .checkpoint import plan_checkpoint
+    from .cutting import cut
+    from .files import check_destination
+    from .matching import match
+    from .structure import IndexMap
+
+    inputs = [Path(path) for path in (arguments.patch, arguments.base, arguments.pruned) if path is not None]
+    check_destination(arguments.out, inputs, arguments.overwrite, sum(t.nbytes for t in patch.tensors.values()))
+    found = match(arguments.base, arguments.pruned) if arguments.map is None else IndexMap.load(arguments.map)
+    made = cut(patch, found, model=arguments.pruned, expert_layout=arguments.expert_layout)
+    if arguments.pruned is not None:
+        plan_checkpoint(arguments.pruned, made, expert_layout=arguments.expert_layout)  # raises if it does not fit
+    if arguments.save_map is not None:
+        found.save(arguments.save_map)
+    _save(made, arguments)
+    if arguments.json:
+        _print_json({"out": str(arguments.out), "map": found.as_dict(), **_numbers(made)})
+        return 0
+    rows = [("dimension", "where", "kept", "added")]
+    for kind, scopes in found.selections.items():
+        for place, one in scopes.items():
+            added = one.keep.count(None)
+            rows.append((kind, place or "everywhere", f"{len(one.keep) - added} of {one.of}", str(added or "")))
+    _print_table(rows)
+    print(f"{arguments.out}: {patch.num_parameters:,} numbers cut to {made.num_parameters:,}")
     return 0
 
 

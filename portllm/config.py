@@ -144,11 +144,14 @@ class AdapterConfig:
         key = _pattern_key(self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
+    def alpha(self, name: str) -> float:
+        """lora_alpha of module (or parameter) ``name``: the first matching key of alpha_pattern, else lora_alpha."""
+        key = _pattern_key(self.alpha_pattern, name)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
     def scaling(self, name: str) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora (rank-stabilised LoRA, arXiv 2312.03732)."""
-        key = _pattern_key(self.alpha_pattern, name)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        rank = self.rank(name)
+        alpha, rank = self.alpha(name), self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from . import dtensor
@@ -150,7 +151,8 @@ def apply(
         rounding: how sums become 16-bit weights: "nearest"; "stochastic", by chance, so that on average nothing is
             lost, however small the patch; "auto", for each weight what loses less (see ``portllm.rounding.Rounding``).
         seed: of the random bits. They depend on it and on the place in the model, not on how the model is stored.
-        keep_zeros: weights that are 0 stay 0 (2:4 sparsity).
+        keep_zeros: weights that are 0 stay 0 (2:4 sparsity); the plan's warnings say what of the patch that loses,
+            for which all weights are read once more (see ``portllm.refit``).
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -169,6 +171,12 @@ def apply(
     with together(on):
         made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout, how)
         _check_live(made)
+        if keep_zeros:
+            from .sparsity import with_losses
+
+            made = made._replace(
+                plan=with_losses(made.plan, lambda name: made.tensors[made.plan.untie.get(name, name)])
+            )
         if undo != "subtract":
             handle = _exact(target, made, undo, backend, on)
         else:
@@ -299,9 +307,13 @@ def _unknown(name: str) -> bool | None:
 
 def _memory(tensor: Tensor) -> Any:
     here = dtensor.local(tensor)
-    if here.is_meta or here.numel() == 0:
+    if here.is_meta or here.numel() == 0 or _is_compressed(here):
         return id(tensor)
     return here.device, here.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _is_compressed(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.sparse.SparseSemiStructuredTensor)
 
 
 def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
@@ -323,6 +335,12 @@ def _check_live(made: Here) -> None:
             raise PlanError(
                 f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "
                 "or patch the checkpoint on disk with portllm.apply_checkpoint"
+            )
+        if _is_compressed(tensor):
+            raise PlanError(
+                f"{name} is a {type(tensor).__name__}, which holds non-zeros and their places and cannot be written "
+                "in place; patch the dense weight, weight.to_dense(), with keep_zeros=True, and compress the result "
+                "again with torch.sparse.to_sparse_semi_structured"
             )
         if 0 in tensor.stride() and tensor.numel() > 1:
             raise PlanError(f"{name} is an expanded tensor whose elements share memory; make it contiguous first")

@@ -279,6 +279,12 @@ def _strip_prefix(key: str) -> str:
     return key
 
 
+def factor_key(key: str) -> tuple[str, str] | None:
+    """(module with any ``.base_layer``, part such as "lora_A") of a key that is LoRA's own; None of another tensor."""
+    match = _LORA_KEY.match(_strip_prefix(key))
+    return None if match is None else (match["module"], match["part"])
+
+
 def _explain(tensors: dict[str, Tensor], config: AdapterConfig) -> Iterator[Entry]:
     """Turn every key of an adapter into entries; a key that nothing explains is a PatchError."""
     groups: dict[str, dict[str, Tensor]] = {}

@@ -75,7 +75,7 @@ class Rounding:
     Attributes:
         kind: "nearest" (ties to even), "stochastic", or "auto".
         seed: of the random bits, which are the same however the model is stored, sharded or applied to.
-        keep_zeros: elements that are 0 stay 0.
+        keep_zeros: elements of matrices that are 0 stay 0.
 
     Raises:
         PlanError: another kind; or "auto" without the weights' values.
@@ -110,7 +110,8 @@ class Rounding:
             by_chance = self.kind != "nearest" and written not in (torch.float32, torch.float64)
             if by_chance and (self.kind == "stochastic" or _is_small(update, read, written)):
                 noise = self._noise(update, tensor)
-            updates.append(replace(update, noise=noise, keep_zeros=self.keep_zeros))
+            # A bias of zeros is no mask.
+            updates.append(replace(update, noise=noise, keep_zeros=self.keep_zeros and tensor.dim() > 1))
         return replace(plan, updates=tuple(updates))
 
     def _noise(self, update: Update, tensor: Tensor) -> Noise:

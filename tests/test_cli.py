@@ -126,7 +126,7 @@ def test_as_a_module_and_as_a_script(model: Path, adapter: Path, tmp_path: Path)
 def test_help_and_version(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    commands = ("apply", "check", "combine", "inspect", "stamp", "info")
+    commands = ("apply", "check", "combine", "cut", "inspect", "stamp", "info")
     for word in (*commands, "examples:", "portllm apply ./adapter", "exit codes"):
         assert word in out
     assert run("--version") == (0, f"portllm {portllm.__version__}\n", "")
@@ -142,6 +142,8 @@ def test_the_examples_in_the_help_are_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "base-model")
+    kept = {name: t for name, t in read_model(model).items() if "layers.1." not in name}
+    write_model(Path("pruned-model"), kept)
     model.rename("evolved-model")
     for name in ("math", "style"):
         write_adapter(Path(name))

@@ -138,6 +138,8 @@ struct Avx512Single {
     }
     _mm512_storeu_pd(lanes, low);
     _mm512_storeu_pd(lanes + 8, high);
+  }
+
   // 16 numbers below 2^32 that the compiler computes with; those of every other column from `col` on, or of
   // each.
   using Words = uint32_t __attribute__((vector_size(64)));
