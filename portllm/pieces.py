@@ -67,9 +67,9 @@ class TensorPlan:
             first, last = self._rows_of(update)
             low, high = max(first, start), min(last, stop)
             if low < high:
-                terms = tuple(t.cut(slice(low - first, high - first), slice(None)) for t in update.terms)
                 region = Region(None, (low - start, high - start), update.region.columns)
-                updates.append(replace(update, region=region, terms=terms))
+                cut = update.cut(slice(low - first, high - first), slice(None))
+                updates.append(replace(cut, region=region))
         return Plan(tuple(updates), tuple(part for part in parts if part is not None))
 
     def _rows_of(self, update: Update) -> tuple[int, int]:

@@ -86,17 +86,70 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """The random bits that an update is rounded with, by position (see ``portllm.noise``).
+
+    Attributes:
+        key: 64 bits, from the seed and the tensor's name.
+        row, column: of the update's first element in the matrix of the whole tensor, as it is stored: not sharded,
+            stacked experts one below the other.
+        flipped: every bit is its opposite: so a subtraction undoes what was added with these bits.
+    """
+
+    key: int
+    row: int = 0
+    column: int = 0
+    flipped: bool = False
+
+
+@dataclass(frozen=True)
 class Update:
-    """``W[region] += sum of the terms``; ``sources`` are the patch's modules, for messages."""
+    """``W[region] += sum of the terms``, rounded to W's dtype.
+
+    Attributes:
+        name: the target's tensor.
+        region: the part of it.
+        terms: what is added.
+        sources: the patch's modules, for messages.
+        noise: what the sum is rounded stochastically with; None: to nearest, ties to even.
+        keep_zeros: elements that are 0 stay 0 (2:4 sparsity).
+    """
 
     name: str
     region: Region
     terms: tuple[Term, ...]
     sources: tuple[str, ...]
+    noise: Noise | None = None
+    keep_zeros: bool = False
 
     @property
     def is_dora(self) -> bool:
         return any(term.magnitude is not None for term in self.terms)
+
+    def cut(self, rows: slice, columns: slice) -> Update:
+        """The update for a rectangle of its region: the same bits there. Slices count from the region's first element.
+
+        Whoever cuts an update must do so here.
+        """
+        spans = [s.indices(size)[:2] for s, size in zip((rows, columns), self.region.shape, strict=True)]
+        (top, bottom), (left, right) = spans
+        (row, _), (column, _) = self.region.rows, self.region.columns
+        noise = self.noise
+        return replace(
+            self,
+            region=Region(self.region.expert, (row + top, row + bottom), (column + left, column + right)),
+            terms=tuple(term.cut(slice(top, bottom), slice(left, right)) for term in self.terms),
+            noise=noise and replace(noise, row=noise.row + top, column=noise.column + left),
+        )
+
+    def negated(self) -> Update:
+        """The update that subtracts what this one adds."""
+        noise = self.noise
+        return replace(
+            self,
+            terms=tuple(replace(term, scaling=-term.scaling) for term in self.terms),
+            noise=noise and replace(noise, flipped=not noise.flipped),
+        )
 
     def delta_norm(self) -> float:
         """Frobenius norm of the sum of the plain terms, in fp64, through r x r matrices (no delta is formed).
@@ -182,7 +235,7 @@ class Plan:
             )
 
     def negated(self) -> Plan:
-        """The plan that subtracts what this one adds.
+        """The plan that subtracts what this one adds, with the opposite noise.
 
         Raises:
             PlanError: the plan replaces values, or has DoRA terms: no subtraction brings the old values back.
@@ -192,8 +245,7 @@ class Plan:
             raise PlanError(
                 f"{some(tuple(names))} cannot be subtracted (replaced values, or DoRA); keep a copy of them"
             )
-        updates = tuple(replace(u, terms=tuple(replace(t, scaling=-t.scaling) for t in u.terms)) for u in self.updates)
-        return replace(self, updates=updates, untie={})
+        return replace(self, updates=tuple(update.negated() for update in self.updates), untie={})
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for ``--json`` and for people's tables."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from portllm import Patch, PlanError
 from portllm.bind import Options, Target, _merge, _Piece, bind
 from portllm.execute import execute
-from portllm.planning import Assign, Plan, Region, Term, Update
+from portllm.planning import Assign, Noise, Plan, Region, Term, Update
 
 ROWS, COLUMNS = 12, 10
 
@@ -288,6 +288,33 @@ def test_two_patches_that_replace_one_tensor_are_refused() -> None:
     assert len(bind(target, [(p, 1.0) for p in rows]).assigns) == 2
     with pytest.raises(PlanError, match=r"two patches replace score.weight"):
         bind(target, [(rows[0], 1.0), (rows[0], 1.0)])
+
+
+def test_a_cut_update_is_that_part_of_the_whole_one() -> None:
+    region = Region(3, (20, 20 + ROWS), (7, 7 + COLUMNS))
+    terms = (_term(ROWS, COLUMNS), _term(ROWS, COLUMNS, magnitude=torch.randn(ROWS, dtype=torch.float64)))
+    whole = Update("w", region, terms, ("a", "b"), Noise(1 << 63, row=100, column=7), keep_zeros=True)
+    rows, columns = slice(2, 9), slice(3, None)
+    part = whole.cut(rows, columns)
+    assert part.region == Region(3, (22, 29), (10, 7 + COLUMNS))
+    assert part.noise == Noise(1 << 63, row=102, column=10)
+    assert (part.name, part.sources, part.keep_zeros) == ("w", ("a", "b"), True)
+    for cut, term in zip(part.terms, terms, strict=True):
+        assert torch.equal(cut.lora_A, term.lora_A[:, columns])
+        assert torch.equal(cut.lora_B, term.lora_B[rows])
+    assert part.terms[1].magnitude is not None
+    assert len(part.terms[1].magnitude) == 7
+    again = part.cut(slice(1, 3), slice(0, 2))
+    assert (again.region, again.noise) == (Region(3, (23, 25), (10, 12)), Noise(1 << 63, row=103, column=10))
+    assert whole.cut(slice(None), slice(None)).region == region
+
+
+def test_a_negated_update_has_the_opposite_noise() -> None:
+    update = Update("w", Region(None, (0, ROWS), (0, COLUMNS)), (_term(ROWS, COLUMNS),), (), Noise(5, 1, 2))
+    negated = update.negated()
+    assert negated.terms[0].scaling == -update.terms[0].scaling
+    assert negated.noise == Noise(5, 1, 2, flipped=True)
+    assert negated.negated().noise == update.noise
 
 
 @pytest.mark.parametrize("known", [True, False, None])
