@@ -6,14 +6,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, requantise
 from .errors import PlanError
 from .planning import Assign, Plan, Term, Update
+from .quantised import Unit, grouped, survival
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
 
@@ -22,17 +24,18 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     prepare(plan, tensors, backend=backend)()
 
 
-def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], None]:
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], dict[str, float]]:
     """Do all that can fail, and return the call that writes the plan into ``tensors``.
 
     Factors are brought to the weights' devices and the backend is chosen here; an interrupt that comes while
     weights are being written waits for the last of them, so nothing is ever half-applied.
 
     Args:
-        tensors: must have every name in ``plan.tensors``.
+        tensors: must have every name in ``plan.stored``.
 
     Returns:
-        The call, which may be made more than once. It finds a weight that has got other memory since, or, where
+        The call, which may be made more than once and returns the survival of quantised weights (see
+        ``portllm.live.Applied``). It finds a weight that has got other memory since, or, where
         DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
@@ -48,6 +51,8 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     n_terms: list[int] = []
     dora: list[tuple[Tensor, tuple[Term, ...]]] = []
     for update in plan.updates:
+        if update.name in plan.quantised:
+            continue
         matrix = tensor = tensors[update.name]
         if not update.region.is_whole(tensor):
             matrix = update.region.view(tensor.detach())
@@ -62,10 +67,12 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
     add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    requantised = _Requantise(plan, tensors, to_device, backend)
+    fixed |= {name: tensors[name] for weight in plan.quantised.values() for name in weight.parts}
     places = {name: _place(tensor) for name, tensor in fixed.items()}
-    inference = any(tensors[name].is_inference() for name in plan.tensors)
+    inference = any(tensors[name].is_inference() for name in plan.stored)
 
-    def write() -> None:
+    def write() -> dict[str, float]:
         for name, tensor in fixed.items():
             if _place(tensor) != places[name]:
                 raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
@@ -75,8 +82,39 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             add()
             for matrix, terms in dora:
                 dora_(matrix, terms)
+            return requantised()
 
     return write
+
+
+class _Requantise:
+    """The updates of a plan's quantised weights, and what they write to."""
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], to_device: Mover, backend: str) -> None:
+        self._backend = backend
+        self._work: list[tuple[Unit, dict[str, Tensor], list[float]]] = []
+        factors = {name: weight.global_scales(tensors.__getitem__) for name, weight in plan.quantised.items()}
+        for unit in grouped(plan.updates, plan.quantised):
+            weight = unit.weight
+            device = tensors[weight.codes].device
+            requantise.backend_for(tensors[weight.codes], backend)
+            parts = {}
+            for name, span in weight.spans(unit.start, unit.stop).items():
+                if not tensors[name].is_contiguous():
+                    raise PlanError(f"{name} is not contiguous; make it so first: tensor.data = tensor.contiguous()")
+                parts[name] = tensors[name].detach().view(-1)[slice(*span)]
+            if weight.nested is not None:
+                parts[weight.nested.table] = tensors[weight.nested.table]
+            terms = tuple(_on_device(term, device, to_device) for term in unit.terms)
+            self._work.append((replace(unit, terms=terms), parts, factors[weight.name]))
+
+    def __call__(self) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for unit, parts, factors in self._work:
+            made = unit.run(parts, factors, self._backend).cpu()
+            name = unit.weight.name
+            sums[name] = sums[name] + made if name in sums else made
+        return {name: survival(total) for name, total in sums.items()}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -164,7 +164,7 @@ def stamp(patch: Patch | str | os.PathLike[str], base: Live | str | os.PathLike[
     else:
         plan = plan_live(base, loaded)
         name = getattr(getattr(base, "config", None), "name_or_path", "") or loaded.config.base_model or ""
-        read = live_target(base).tensors.__getitem__
+        read = live_target(base).read
     return loaded.with_metadata(**{METADATA_KEY: fingerprint(plan, read, name or None).to_json()})
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .errors import PlanError
 from .execute import execute, hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
+from .quantised import find
 
 if TYPE_CHECKING:
     from .undo import Exact
@@ -35,12 +36,15 @@ class Applied:
         plan: what was written.
         backend: as asked for.
         active: false once removed.
+        survival: of each quantised weight the share of what was added that it holds after rounding: ``<W' - W, D> /
+            ||D||^2``, near 1 if all of it is there, near 0 if it was lost.
     """
 
     target: Live
     plan: Plan
     backend: str = "auto"
     active: bool = True
+    survival: Mapping[str, float] = field(default_factory=dict)
 
     def remove(self) -> None:
         """Subtract what was added: each weight may end one rounding away from where it began (see undo="exact").
@@ -136,8 +140,8 @@ def apply(
     write = prepare(made, {**live.tensors, **clones}, backend=backend)
     with hold_interrupts():
         _untie(target, made.untie, clones)
-        write()
-    return Applied(target, made, backend)
+        survival = write()
+    return Applied(target, made, backend, survival=survival)
 
 
 def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | str, backend: str) -> Exact:
@@ -145,6 +149,11 @@ def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | st
 
     if undo not in ("exact", "later"):
         raise PlanError(f"undo={undo!r} must be 'subtract', 'exact' or 'later'")
+    if made.quantised:
+        raise PlanError(
+            f"{min(made.quantised)} is quantised; undo={undo!r} keeps no record of codes and scales: "
+            "keep a copy of the model's tensors and leave undo out"
+        )
     handle = Exact(target, made, live.tensors, backend)
     if undo == "exact":
         handle.put_on(verify=verify)
@@ -207,6 +216,7 @@ def live_target(target: Live) -> Target:
     if isinstance(target, nn.Module):
         named: dict[str, Tensor] = dict(target.named_parameters(remove_duplicate=False))
         named.update(target.named_buffers(remove_duplicate=False))
+        named.update(_beside_weights(target))
         transposed = _conv1d_names(target)
     elif isinstance(target, Mapping):
         named = {str(name): tensor for name, tensor in target.items() if isinstance(tensor, Tensor)}
@@ -224,7 +234,29 @@ def live_target(target: Live) -> Target:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    return Target(tensors, aliases, transposed, declared=isinstance(target, nn.Module))
+    found = find(tensors, tensors.__getitem__, _quantization_config(target))
+    return Target(tensors, aliases, transposed, isinstance(target, nn.Module), found)
+
+
+def _beside_weights(model: nn.Module) -> dict[str, Tensor]:
+    """bitsandbytes keeps scales as attributes; they get the names that they have in its state dicts."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        name = f"{path}.weight" if path else "weight"
+        if type(weight).__name__ == "Params4bit" and (state := getattr(weight, "quant_state", None)) is not None:
+            found |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        elif type(weight).__name__ == "Int8Params":
+            scales = getattr(weight, "SCB", None)
+            scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+            if scales is not None:
+                found[f"{name.removesuffix('.weight')}.SCB"] = scales
+    return found
+
+
+def _quantization_config(target: Live) -> Mapping[str, Any]:
+    config = getattr(getattr(target, "config", None), "quantization_config", None)
+    return config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
 
 
 def _unknown(name: str) -> bool | None:
@@ -254,7 +286,7 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
 
 def _check_live(plan: Plan, live: Target) -> None:
     """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
-    for name in plan.tensors:
+    for name in plan.stored:
         tensor = live.tensors[live.aliases.get(name, name)]
         if tensor.is_meta:
             raise PlanError(
