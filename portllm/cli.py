@@ -301,6 +301,11 @@ def _apply(arguments: argparse.Namespace) -> int:
         _print_in_place(report)
         return 0
     print(f"patched {report.tensors_updated} tensors, copied {report.tensors_copied}, in {report.shards} shards")
+    if report.survival:
+        shares = sorted(report.survival.values())
+        print(
+            f"quantised: {shares[len(shares) // 2]:.0%} of the patch survives rounding (median), least {shares[0]:.0%}"
+        )
     print(
         f"read {report.bytes_read / 1e9:.2f} GB and wrote {report.bytes_written / 1e9:.2f} GB "
         f"in {report.seconds:.1f} s ({report.gigabytes_per_second:.2f} GB/s)"

@@ -149,11 +149,6 @@ def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | st
 
     if undo not in ("exact", "later"):
         raise PlanError(f"undo={undo!r} must be 'subtract', 'exact' or 'later'")
-    if made.quantised:
-        raise PlanError(
-            f"{min(made.quantised)} is quantised; undo={undo!r} keeps no record of codes and scales: "
-            "keep a copy of the model's tensors and leave undo out"
-        )
     handle = Exact(target, made, live.tensors, backend)
     if undo == "exact":
         handle.put_on(verify=verify)
@@ -255,8 +250,10 @@ def _beside_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _quantization_config(target: Live) -> Mapping[str, Any]:
-    config = getattr(getattr(target, "config", None), "quantization_config", None)
-    return config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
+    config: Any = getattr(getattr(target, "config", None), "quantization_config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return config if isinstance(config, Mapping) else {}
 
 
 def _unknown(name: str) -> bool | None:

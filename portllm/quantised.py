@@ -123,6 +123,55 @@ class Quantised:
         return values.expand(count).tolist() if len(values) == 1 else values.tolist()
 
 
+class QuantisedPlan:
+    """What falls on one quantised weight, cut into pieces of whole blocks: each is read, patched and written alone.
+
+    Attributes:
+        weight: the weight.
+        units: its updates.
+    """
+
+    def __init__(self, weight: Quantised, units: Sequence[Unit]) -> None:
+        self.weight, self.units = weight, tuple(units)
+
+    def pieces(self, limit: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) of pieces of all rows, each of at most ``limit`` rows if blocks and tiles allow."""
+        start = previous = 0
+        for cut in self._cuts():
+            if cut - start > limit and previous > start:
+                yield start, previous
+                start = previous
+            previous = cut
+        yield start, self.weight.rows
+
+    def _cuts(self) -> list[int]:
+        """Rows where the weight may be cut: where a unit's tiles end, which live are the same, and between units."""
+        weight, rows, tile = self.weight, self.weight.rows, self.weight.tile_rows
+        cuts = {rows, *(row for first in range(0, rows, weight.matrix[0]) for row in self._steps(first, tile))}
+        for unit in self.units:
+            cuts = {cut for cut in cuts if not unit.start < cut < unit.stop}
+            cuts |= {*range(unit.start, unit.stop, tile), unit.stop}
+        return sorted(cuts)
+
+    def _steps(self, first: int, tile: int) -> range:
+        return range(first, first + self.weight.matrix[0], tile)
+
+    def run(
+        self, parts: Mapping[str, Tensor], start: int, stop: int, global_scales: Sequence[float], backend: str
+    ) -> Tensor:
+        """Update rows [start, stop), of which ``parts`` are the elements; returns the op's sums."""
+        weight = self.weight
+        sums = torch.zeros(3, dtype=torch.float64)
+        first = {name: span[0] for name, span in weight.spans(start, stop).items()}
+        for unit in self.units:
+            cut = unit.cut(start, stop)
+            if cut is not None:
+                spans = weight.spans(cut.start, cut.stop).items()
+                own = {name: parts[name][low - first[name] : high - first[name]] for name, (low, high) in spans}
+                sums += cut.run({**parts, **own}, global_scales, backend)
+        return sums
+
+
 # -- updates -----------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +348,7 @@ class _Unusable(Exception):
     """Why a weight that was recognised cannot be updated."""
 
 
-def find(
-    tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], config: Mapping[str, Any] | None = None
-) -> Found:
+def find(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], config: Mapping[str, Any]) -> Found:
     """Recognise quantised weights.
 
     Args:
@@ -312,7 +359,7 @@ def find(
     weights: dict[str, Quantised] = {}
     problems: dict[str, str] = {}
     hidden: set[str] = set()
-    block = _block_of(config or {})
+    block = _block_of(config)
     for name, tensor in tensors.items():
         if tensor.dtype not in (E4M3, torch.int8, torch.uint8, torch.int32):
             continue

@@ -180,7 +180,7 @@ class Checkpoint:
             if stored.dtype is not None
         }
         config = self.config.get("quantization_config")
-        return find(tensors, self.read_stored, config if isinstance(config, dict) else None)
+        return find(tensors, self.read_stored, config if isinstance(config, dict) else {})
 
     def read(self, name: str) -> Tensor:
         """One whole weight, read from disk; what is quantised in fp32."""
