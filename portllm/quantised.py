@@ -197,7 +197,7 @@ class Unit:
         return replace(self, start=low, stop=high, terms=terms, noise=noise)
 
     def run(self, parts: Mapping[str, Tensor], global_scales: Sequence[float], backend: str) -> Tensor:
-        """Write it; returns the op's three sums.
+        """Write it; returns the op's three sums (of nested scales: before these are coded).
 
         Args:
             parts: for each name in ``weight.parts`` the elements that belong to the rows, flat and contiguous.
@@ -530,8 +530,8 @@ def _block_from(shape: tuple[int, ...], scales: tuple[int, ...], named: Shape | 
 
 
 def _size_of_block(size: int, count: int) -> int | None:
-    """How many of ``size`` share each of ``count`` scales: all, one, 128, or another power of two that fits."""
-    if count in (1, size):
+    """How many of ``size`` share each of ``count`` scales: all, one, 128, what divides it, or a power of two."""
+    if count in (1, size) or (size % count == 0 and -(-size // 128) != count):
         return size // count
     return next((b for b in (128, 256, 512, 64, 32, 16) if -(-size // b) == count), None)
 
