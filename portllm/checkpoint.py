@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,11 +33,13 @@ from .files import (
 )
 from .inplace import InPlaceReport, apply_in_place
 from .live import Patches, as_patches
+from .noise import bits, rounded
 from .pieces import TensorPlan, tensor_plans
-from .planning import Plan
+from .planning import Plan, Update
 from .progress import Progress
 from .quantised import QuantisedPlan, Unit, grouped, survival
 from .reference import FLOAT_DTYPES
+from .rounding import Kind, ReadRows, Rounding, lost, survivals
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
 from .stream import stream
 
@@ -53,7 +55,11 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What ``apply_checkpoint`` did; sizes in bytes, time in seconds; ``survival`` as in ``portllm.live.Applied``."""
+    """What ``apply_checkpoint`` did; sizes in bytes, time in seconds.
+
+    ``survival``: for each weight, the share of what was added that is left after rounding (see
+    ``portllm.rounding.survival``); of quantised weights measured, not estimated.
+    """
 
     out: str
     shards: int
@@ -63,7 +69,7 @@ class CheckpointReport:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
-    survival: dict[str, float] = field(default_factory=dict)
+    survival: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -108,6 +114,9 @@ def apply_checkpoint(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     resize: bool = False,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     overwrite: bool = False,
@@ -131,6 +140,7 @@ def apply_checkpoint(
         out: a directory (a file, if ``model`` is a file) that does not exist yet; None in place.
         in_place: change the checkpoint itself; what would give a tensor another size, or a name of its own, is refused.
         resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
+        rounding, seed, keep_zeros: as ``portllm.apply``; for a copy only.
         dtype: also cast every floating-point tensor; the sum is rounded once, into this dtype.
         overwrite: replace ``out`` if it exists.
         link: shards in which nothing changes become hard links, where the file system can: no copy, but whoever
@@ -147,8 +157,16 @@ def apply_checkpoint(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
     patches = as_patches(patch, scale)
+    how = Rounding(rounding, seed, keep_zeros)
     if in_place:
-        wrong = {"out": out is not None, "dtype": dtype is not None, "tied='untie'": tied == "untie", "resize": resize}
+        wrong = {
+            "out": out is not None,
+            "dtype": dtype is not None,
+            "tied='untie'": tied == "untie",
+            "resize": resize,
+            "rounding": rounding != "nearest",
+            "keep_zeros": keep_zeros,
+        }
         if any(wrong.values()):
             named = ", ".join(name for name, given in wrong.items() if given)
             raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
@@ -161,6 +179,10 @@ def apply_checkpoint(
         raise CheckpointError(
             f"{model}: is quantised, so dtype={dtype} cannot be had: its scales must stay as they are"
         )
+    tensors, read = checkpoint.target().weights, rows_of(checkpoint, made)
+    made = how.settle(made, tensors, read, dtype)
+    survival = survivals(made, tensors, read, dtype)
+    made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
     if out is None:
         if made.quantised:
             name = min(made.quantised)
@@ -183,9 +205,27 @@ def apply_checkpoint(
         bytes_read=checkpoint.size,
         bytes_written=sum(shard.size for shard in job.shards),
         seconds=time.perf_counter() - started,
-        warnings=made.warnings,
-        survival=job.survival,
+        warnings=(*made.warnings, *lost(job.survival, rounding)),
+        survival={**survival, **job.survival},
     )
+
+
+def rows_of(checkpoint: Checkpoint, plan: Plan) -> ReadRows:
+    """Reads some rows of an update's region from disk; those that a resized vocabulary adds are as the last one."""
+
+    def read(update: Update, rows: Sequence[int]) -> Tensor:
+        shard, stored = checkpoint.locations[plan.untie.get(update.name, update.name)]
+        assert stored.dtype is not None  # bind refuses kinds that torch does not know
+        of_matrix = TensorPlan((update,), (), stored.shape)
+        first = update.region.rows[0] + (update.region.expert or 0) * (of_matrix.rows // stored.shape[0])
+        data = torch.empty(len(rows), of_matrix.columns, dtype=stored.dtype)
+        with named_errors(shard.path), open(shard.path, "rb", buffering=0) as file:
+            for i, row in enumerate(rows):
+                at = min(first + row, of_matrix.rows - 1) * of_matrix.columns * stored.dtype.itemsize
+                read_exactly(file.fileno(), _bytes(data[i]), stored.start + at)
+        return data[:, slice(*update.region.columns)]
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -445,8 +485,9 @@ class _Job:
         assert tensor.dtype is not None
         # Sum in the wider of the two dtypes, so that a cast rounds once.
         rows = rows.to(torch.promote_types(rows.dtype, tensor.dtype))
-        execute(part.piece.change.part(part.piece.start, part.piece.stop), {tensor.name: rows}, backend=self._backend)
-        return part, rows.to(tensor.dtype)
+        plan = part.piece.change.part(part.piece.start, part.piece.stop)
+        execute(plan, {tensor.name: rows}, backend=self._backend)
+        return part, _cast(rows, tensor.dtype, plan)
 
     def _scratch(self, turn: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Memory for a piece, used again: fresh pages cost more than the read that fills them."""
@@ -593,6 +634,19 @@ class _QuantisedJob:
 def _old_header(shard: Shard) -> bytes:
     with open(shard.path, "rb") as file:
         return file.read(shard.data_start)
+
+
+def _cast(rows: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
+    """To another dtype; by chance where a sum, until then in a wider one, is to be rounded so."""
+    if rows.dtype == dtype:
+        return rows
+    made = rows.to(dtype)
+    for update in plan.updates:
+        if update.noise is not None:
+            view = update.region.view(rows)
+            random = bits(update.mode, slice(0, len(view)), view.shape[1])
+            update.region.view(made).copy_(rounded(view.float(), dtype, random))
+    return made
 
 
 def _new_header(shard: Shard, tensors: list[_Out]) -> bytes:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import ops, requantise
 from .errors import PlanError
-from .planning import Assign, Plan, Term, Update
+from .noise import NEAREST, Mode, store_
+from .planning import Assign, Plan, Term, Update, modes_for
 from .quantised import Unit, grouped, survival
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
@@ -49,7 +50,8 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     weights: list[Tensor] = []
     added: list[Term] = []
     n_terms: list[int] = []
-    dora: list[tuple[Tensor, tuple[Term, ...]]] = []
+    dora: list[tuple[Tensor, tuple[Term, ...], Mode]] = []
+    plain: list[Update] = []
     for update in plan.updates:
         if update.name in plan.quantised:
             continue
@@ -60,13 +62,15 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             fixed[update.name] = tensor
         terms = [_on_device(term, tensor.device, to_device) for term in update.terms]
         if update.is_dora:
-            dora.append((matrix, tuple(terms)))
+            dora.append((matrix, tuple(terms), update.mode))
         else:
+            plain.append(update)
             weights.append(matrix)
             added += terms
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
-    add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    scalings = [term.scaling for term in added]
+    add = ops.Prepared(weights, lora_A, lora_B, scalings, n_terms, backend, modes_for(plain))
     requantised = _Requantise(plan, tensors, to_device, backend)
     fixed |= {name: tensors[name] for weight in plan.quantised.values() for name in weight.parts}
     places = {name: _place(tensor) for name, tensor in fixed.items()}
@@ -80,8 +84,8 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             for assign, tensor, value in assigns:
                 assign_(assign, tensor, value)
             add()
-            for matrix, terms in dora:
-                dora_(matrix, terms)
+            for matrix, terms, mode in dora:
+                dora_(matrix, terms, mode)
             return requantised()
 
     return write
@@ -137,13 +141,14 @@ def _lerp(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return torch.lerp(old.to(dtype), new.to(dtype), strength)
 
 
-def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
+def dora_(weight: Tensor, terms: tuple[Term, ...], mode: Mode = NEAREST) -> None:
     """DoRA in place (arXiv 2402.09353, eq. 5): ``W <- W + sum_t strength_t (m_t (W + D_t) / ||W + D_t|| - W)``.
 
     Args:
         weight: [m, n].
         terms: DoRA terms, each with the norm over its own axis; plain terms among them add ``D_t``. Every term
             sees the weight as it was before the call, so that several adapters do not depend on their order.
+        mode: how the result is rounded.
     """
     dtype = accumulation_dtype(weight)
     with ieee_matmul():
@@ -161,7 +166,7 @@ def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
                     else:
                         tuned *= _ratio(magnitude, column_norm)
                 total = tuned if alone else total + (tuned - base) * term.strength
-            weight[rows] = total.to(weight.dtype)
+            store_(weight, total, mode, rows)
 
 
 def _delta(term: Term, rows: slice, dtype: torch.dtype) -> Tensor:

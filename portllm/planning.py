@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .errors import PlanError
+from .noise import FLIPPED, KEEP_ZEROS, STOCHASTIC, Mode
 from .reference import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -128,6 +129,16 @@ class Update:
     @property
     def is_dora(self) -> bool:
         return any(term.magnitude is not None for term in self.terms)
+
+    @property
+    def mode(self) -> Mode:
+        """How the op is to store the sums."""
+        zeros = KEEP_ZEROS * self.keep_zeros
+        if self.noise is None:
+            return Mode(zeros)
+        key = self.noise.key - (self.noise.key >> 63 << 64)  # as signed
+        flags = STOCHASTIC | zeros | FLIPPED * self.noise.flipped
+        return Mode(flags, key, self.noise.row, self.noise.column)
 
     def cut(self, rows: slice, columns: slice) -> Update:
         """The update for a rectangle of its region: the same bits there. Slices count from the region's first element.
@@ -301,6 +312,12 @@ class Plan:
             f"Plan({len(self.updates)} updates, {len(self.assigns)} assigns, {len(self.unmatched_patch)} unmatched in "
             f"the patch, {len(self.unmatched_target)} in the target)"
         )
+
+
+def modes_for(updates: Sequence[Update]) -> list[int]:
+    """The updates' modes as the op takes them: an empty list if all are the plain one."""
+    modes = [update.mode for update in updates]
+    return [number for mode in modes for number in mode] if any(mode.flags for mode in modes) else []
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
