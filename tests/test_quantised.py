@@ -231,26 +231,45 @@ class _Model(nn.Module):
         self.config = type("Config", (), {"quantization_config": config})()
 
 
-def test_the_same_patch_with_the_same_noise(tmp_path: Path) -> None:
-    """Updates that carry noise are rounded with it, live and in pieces alike."""
-    from dataclasses import replace
+@pytest.mark.parametrize("name", ["deepseek", "int8", "nf4", "modelopt nvfp4", "per tensor, large"])
+def test_rounding_by_chance_is_the_same_live_and_on_disk(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(quant, "TILE_ELEMENTS", 1 << 11)
+    made = FORMATS[name]()
+    patch = write_patch(tmp_path / "adapter", 1e-2 * float(made.weight.std()))
+    model = write_model(tmp_path / "model", made.tensors | others(), 3, CONFIG | {"quantization_config": made.config})
+    apply_checkpoint(model, patch, tmp_path / "out", rounding="stochastic", seed=5)
+    written = read_model(tmp_path / "out")
+    near, same, other = ({n: t.clone() for n, t in made.tensors.items()} for _ in range(3))
+    portllm.apply(near, patch)
+    result = portllm.apply(same, patch, rounding="stochastic", seed=5)
+    portllm.apply(other, patch, rounding="stochastic", seed=6)
+    assert all(same_bits(same[n], written[n]) for n in same)
+    assert not all(same_bits(same[n], other[n]) for n in same)
+    assert not all(same_bits(same[n], near[n]) for n in same)
+    # What the op says is what is stored.
+    delta, change = delta_of(patch), weight_of(same, made.config) - weight_of(made.tensors, made.config)
+    share = float((change * delta).sum() / delta.square().sum())
+    assert result.survival[f"{NAME}.weight"] == pytest.approx(share, abs=1e-3)
 
-    from portllm.execute import execute
-    from portllm.planning import Noise
 
+def test_zeros_are_kept(tmp_path: Path) -> None:
     made = FORMATS["deepseek"]()
-    patch = write_patch(tmp_path / "adapter", 1e-3 * float(made.weight.std()))
-    nearest, first, second = ({n: t.clone() for n, t in made.tensors.items()} for _ in range(3))
-    plan = portllm.plan(nearest, patch)
-    noisy = replace(plan, updates=tuple(replace(u, noise=Noise(7)) for u in plan.updates))
-    execute(plan, nearest)
-    execute(noisy, first)
-    execute(noisy, second)
-    assert all(same_bits(first[n], second[n]) for n in first)
-    assert not all(same_bits(first[n], nearest[n]) for n in first)
-    delta = delta_of(patch)
-    shares = [float(((weight_of(t, {}) - made.weight) * delta).sum() / delta.square().sum()) for t in (nearest, first)]
-    assert abs(shares[1] - 1) < abs(shares[0] - 1)
+    codes = made.tensors[f"{NAME}.weight"].view(torch.uint8)
+    codes[torch.rand(OUT, IN) < 0.5] = 0
+    zeros = codes == 0
+    portllm.apply(made.tensors, write_patch(tmp_path / "adapter", 0.1), keep_zeros=True)
+    weight = weight_of(made.tensors, {})
+    assert not weight[zeros].any()
+    assert float((weight != 0).double().mean()) > 0.3
+
+
+def test_auto_rounding_is_for_16_bits(tmp_path: Path) -> None:
+    made = FORMATS["deepseek"]()
+    with pytest.raises(PlanError, match=rf"{NAME}.weight is quantised: rounding='auto' is for 16-bit weights"):
+        portllm.apply(made.tensors, write_patch(tmp_path / "adapter", 0.1), rounding="auto")
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", (128, 128)])
