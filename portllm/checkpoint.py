@@ -37,6 +37,7 @@ from .noise import bits, rounded
 from .pieces import TensorPlan, tensor_plans
 from .planning import Plan, Update
 from .progress import Progress
+from .quantised import QuantisedPlan, Unit, grouped, survival
 from .reference import FLOAT_DTYPES
 from .rounding import Kind, ReadRows, Rounding, lost, survivals
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
@@ -58,7 +59,7 @@ class CheckpointReport:
     """What ``apply_checkpoint`` did; sizes in bytes, time in seconds.
 
     ``survival``: for each weight, the share of what was added that is left after rounding (see
-    ``portllm.rounding.survival``).
+    ``portllm.rounding.survival``); of quantised weights measured, not estimated.
     """
 
     out: str
@@ -97,7 +98,7 @@ def plan_checkpoint(
     try:
         made.check_complete(strict=strict)
     except PlanError as error:
-        if "quantization_config" in checkpoint.config:
+        if "quantization_config" in checkpoint.config and not checkpoint.quantised.weights:
             raise PlanError(f"{error} ({checkpoint.path} is quantised; patch the 16-bit model instead)") from None
         raise
     return checkpoint, made
@@ -125,7 +126,8 @@ def apply_checkpoint(
 ) -> CheckpointReport | InPlaceReport:
     """Write a patched copy of a safetensors checkpoint, or patch it in place; the model is never in memory.
 
-    Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns: one tensor). Shards,
+    Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns, and quantised weights with
+    one scale for all: the codes of a few tensors). Quantised weights stay quantised, see ``portllm.quantised``. Shards,
     their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
     tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
 
@@ -174,13 +176,20 @@ def apply_checkpoint(
     checkpoint, made = plan_checkpoint(
         model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
     )
-    tensors, read = checkpoint.target().tensors, rows_of(checkpoint, made)
+    if checkpoint.quantised.weights and dtype is not None:
+        raise CheckpointError(
+            f"{model}: is quantised, so dtype={dtype} cannot be had: its scales must stay as they are"
+        )
+    tensors, read = checkpoint.target().weights, rows_of(checkpoint, made)
     made = how.settle(made, tensors, read, dtype)
     survival = survivals(made, tensors, read, dtype)
     made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
     if keep_zeros:
         made = with_losses(made, lambda name: checkpoint.read(made.untie.get(name, name)))
     if out is None:
+        if made.quantised:
+            name = min(made.quantised)
+            raise CheckpointError(f"{model}: {name} is quantised and cannot be patched in place; write a patched copy")
         return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
@@ -195,12 +204,12 @@ def apply_checkpoint(
         out=str(destination),
         shards=len(job.shards),
         tensors_updated=len(made.tensors),
-        tensors_copied=len(checkpoint.locations) - len(set(made.tensors) & set(checkpoint.locations)),
+        tensors_copied=len(checkpoint.locations) - len(set(made.stored) & set(checkpoint.locations)),
         bytes_read=checkpoint.size,
         bytes_written=sum(shard.size for shard in job.shards),
         seconds=time.perf_counter() - started,
-        warnings=made.warnings,
-        survival=survival,
+        warnings=(*made.warnings, *lost(job.survival, rounding)),
+        survival={**survival, **job.survival},
     )
 
 
@@ -308,6 +317,19 @@ class _Piece:
 
 
 @dataclass(frozen=True)
+class _QuantisedPiece:
+    """Rows [start, stop) of a quantised weight: codes, and what lies in other places beside them."""
+
+    change: QuantisedPlan
+    start: int
+    stop: int
+
+
+# Of a piece: its rows, or, of a quantised one, the elements of each of its tensors.
+_Data = Tensor | dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
 class _Part:
     """``size`` bytes at ``at`` of a new file: those at ``origin`` of the old one, or ``piece``, or done already."""
 
@@ -315,7 +337,7 @@ class _Part:
     at: int
     size: int
     origin: int | None
-    piece: _Piece | None = None
+    piece: _Piece | _QuantisedPiece | None = None
     is_shared: bool = False
     is_last: bool = False
 
@@ -342,7 +364,10 @@ class _Job:
     """One run over one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
-        self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
+        self._checkpoint, self._dtype, self._backend = checkpoint, dtype, backend
+        self._quantised = _QuantisedJob(checkpoint, plan, backend)
+        updates = tuple(update for update in plan.updates if update.name not in plan.quantised)
+        plan = self._plan = replace(plan, updates=updates, quantised={})
         self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(_IN_FLIGHT)]
         self._changes = tensor_plans(plan, {name: self._new_shape(name) for name in plan.tensors})
         self.shards = tuple(self._lay_out(shard) for shard in checkpoint.shards)
@@ -366,6 +391,10 @@ class _Job:
         shape = self._changes[name].shape if name in self._changes else stored.shape
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
 
+    @property
+    def survival(self) -> dict[str, float]:
+        return self._quantised.survival
+
     def write_shards(self, out: Path, bar: Progress, link: bool) -> None:
         """Write all shards, as one stream of pieces; each shard is synced while the next one is being written."""
         single = self._checkpoint.path.is_file()
@@ -378,19 +407,28 @@ class _Job:
             syncer = stack.enter_context(ThreadPoolExecutor(1))  # last, so that it ends before files are closed
             synced: list[Future[None]] = []
 
-            def write(made: tuple[_Part, Tensor | None]) -> None:
+            late = self._quantised.late_files()
+
+            def write(made: tuple[_Part, _Data]) -> None:
                 part, data = made
-                part.write(data, bar)
-                if part.is_last:
+                if isinstance(part.piece, _QuantisedPiece) and isinstance(data, dict):
+                    self._quantised.write(part.piece, data)
+                    bar.update(part.size)
+                else:
+                    assert not isinstance(data, dict)
+                    part.write(data, bar)
+                if part.is_last and part.file not in late:
                     synced.append(syncer.submit(part.file.finish))
 
             stream(parts, self._read, self._compute, write, _IN_FLIGHT)
+            synced += (syncer.submit(file.finish) for file in late)
             for future in synced:
                 future.result()
 
     def _parts(self, shard: _OutShard, file: _File, link: bool) -> list[_Part]:
         """What is to be written to a shard's file, which is made: runs of tensors that stay, pieces of the others."""
-        changing = [t for t in shard.tensors if t.name in self._changes or t.is_cast]
+        quantised = self._quantised
+        changing = [t for t in shard.tensors if t.name in self._changes or t.name in quantised.parts or t.is_cast]
         same = shard.header == _old_header(shard.source)
         if same and link and not changing and file.link():
             return [_Part(file, 0, shard.data_size, None)]
@@ -398,7 +436,9 @@ class _Job:
         parts: list[_Part] = []
         at = len(shard.header)
         for tensor in shard.tensors:
-            if tensor in changing:
+            if tensor.name in quantised.parts:
+                parts += quantised.pieces(tensor, file, at)
+            elif tensor in changing:
                 parts += self._pieces(tensor, file, at)
             elif parts and parts[-1].joins(tensor, at):
                 parts[-1] = replace(parts[-1], size=parts[-1].size + tensor.size)
@@ -418,9 +458,11 @@ class _Job:
         for start, stop in change.pieces(max(1, CHUNK_BYTES // max(1, change.columns * tensor.stored.dtype.itemsize))):
             yield _Part(file, at + start * row, (stop - start) * row, None, piece=_Piece(tensor, change, start, stop))
 
-    def _read(self, part: _Part, turn: int) -> tuple[_Part, Tensor | None]:
+    def _read(self, part: _Part, turn: int) -> tuple[_Part, _Data]:
         if part.piece is None:
             return part, None
+        if isinstance(part.piece, _QuantisedPiece):
+            return part, self._quantised.read(part.piece)
         stored, change, start, stop = part.piece.tensor.stored, part.piece.change, part.piece.start, part.piece.stop
         assert stored.dtype is not None
         rows = self._scratch(turn, stop - start, change.columns, stored.dtype)
@@ -433,10 +475,15 @@ class _Job:
             )
         return part, rows
 
-    def _compute(self, read: tuple[_Part, Tensor | None]) -> tuple[_Part, Tensor | None]:
+    def _compute(self, read: tuple[_Part, _Data]) -> tuple[_Part, _Data]:
         part, rows = read
+        if isinstance(rows, dict):
+            assert isinstance(part.piece, _QuantisedPiece)
+            self._quantised.compute(part.piece, rows)
+            return read
         if part.piece is None or rows is None:
             return read
+        assert isinstance(part.piece, _Piece)
         tensor = part.piece.tensor
         assert tensor.dtype is not None
         # Sum in the wider of the two dtypes, so that a cast rounds once.
@@ -507,6 +554,84 @@ class _Job:
                 if assign.resize and part.get("vocab_size") == self._shape(assign.name)[0]:
                     part["vocab_size"] = len(assign.value)
         return config if config and config != self._checkpoint.config else None
+
+
+class _QuantisedJob:
+    """The quantised weights of a run: their codes are the pieces, and scales are read and written along with them.
+
+    Attributes:
+        parts: names of all tensors that change.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, backend: str) -> None:
+        self._checkpoint, self._backend = checkpoint, backend
+        own: dict[str, list[Unit]] = {name: [] for name in plan.quantised}
+        for unit in grouped(plan.updates, plan.quantised):
+            own[unit.weight.name].append(unit)
+        self._changes = {weight.codes: QuantisedPlan(weight, own[name]) for name, weight in plan.quantised.items()}
+        self.parts = {part for weight in plan.quantised.values() for part in weight.parts}
+        self._global_scales = {
+            name: weight.global_scales(checkpoint.read_stored) for name, weight in plan.quantised.items()
+        }
+        self._tables = {
+            weight.nested.table: checkpoint.read_stored(weight.nested.table)
+            for weight in plan.quantised.values()
+            if weight.nested is not None
+        }
+        self._places: dict[str, tuple[_File, int]] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def survival(self) -> dict[str, float]:
+        return {name: survival(sums) for name, sums in self._sums.items()}
+
+    def pieces(self, tensor: _Out, file: _File, at: int) -> Iterator[_Part]:
+        """Of codes their pieces; other tensors are written with the codes that they belong to."""
+        self._places[tensor.name] = file, at
+        change = self._changes.get(tensor.name)
+        if change is None or tensor.size == 0:
+            yield _Part(file, at, tensor.size, None)
+            return
+        rows = change.weight.rows
+        for start, stop in change.pieces(max(1, CHUNK_BYTES * rows // tensor.size)):
+            low, high = change.weight.spans(start, stop)[tensor.name]  # codes are bytes
+            yield _Part(file, at + low, high - low, None, piece=_QuantisedPiece(change, start, stop))
+
+    def late_files(self) -> set[_File]:
+        """Files that are written to while another one is being walked through."""
+        late: set[_File] = set()
+        for change in self._changes.values():
+            files = {self._places[part][0] for part in change.weight.parts}
+            late |= files if len(files) > 1 else set()
+        return late
+
+    def read(self, piece: _QuantisedPiece) -> dict[str, Tensor]:
+        found = {}
+        for name, file, dtype, (low, high), _ in self._spans(piece):
+            data = torch.empty((high - low) * dtype.itemsize, dtype=torch.uint8)
+            start = self._checkpoint.locations[name][1].start
+            with named_errors(file.source):
+                read_exactly(file.descriptors[0], _bytes(data), start + low * dtype.itemsize)
+            found[name] = data.view(dtype)
+        return found
+
+    def compute(self, piece: _QuantisedPiece, data: dict[str, Tensor]) -> None:
+        name = piece.change.weight.name
+        parts = {**self._tables, **data}
+        sums = piece.change.run(parts, piece.start, piece.stop, self._global_scales[name], self._backend)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def write(self, piece: _QuantisedPiece, data: dict[str, Tensor]) -> None:
+        for name, file, dtype, (low, _), at in self._spans(piece):
+            with named_errors(file.path):
+                write_at(file.descriptors[1], _bytes(data[name]), at + low * dtype.itemsize)
+
+    def _spans(self, piece: _QuantisedPiece) -> Iterator[tuple[str, _File, torch.dtype, tuple[int, int], int]]:
+        """Each tensor of the piece, its file and dtype, the elements that are the piece's, and its place."""
+        for name, span in piece.change.weight.spans(piece.start, piece.stop).items():
+            dtype = self._checkpoint.locations[name][1].dtype
+            assert dtype is not None  # a kind that torch does not know is no part of a weight
+            yield name, self._places[name][0], dtype, span, self._places[name][1]
 
 
 def _old_header(shard: Shard) -> bytes:

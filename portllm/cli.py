@@ -405,7 +405,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for kind, group in _groups(result.weights, lambda w: w.source, arguments.all).items():
         sizes = sorted(w.relative for w in group)
         moved = sorted(w.moved for w in group if w.moved is not None)
-        survives = sorted(w.survival for w in group)
+        survives = sorted(w.survival for w in group if not math.isnan(w.survival))
         rows.append(
             (
                 kind,
@@ -413,7 +413,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 ",".join(str(r) for r in sorted({r for w in group for r in w.ranks})),
                 f"{sizes[len(sizes) // 2]:.2%}",
                 f"{sizes[-1]:.2%}",
-                f"{survives[len(survives) // 2]:.0%}",
+                f"{survives[len(survives) // 2]:.0%}" if survives else "?",
                 f"{moved[len(moved) // 2]:.2%}" if moved else "?",
             )
         )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dora, ops
+from . import dora, ops, requantise
 from .errors import PlanError
 from .planning import Assign, Plan, Term, Update, modes_for
+from .quantised import Unit, grouped, survival
 from .reference import accumulation_dtype, row_blocks
 
 # Takes, for each DoRA update of the plan and each of its terms that has a magnitude, the squares that
@@ -29,20 +30,21 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
 
 def prepare(
     plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto", reduce: Reduce | None = None
-) -> Callable[[], None]:
+) -> Callable[[], dict[str, float]]:
     """Do all that can fail, and return the call that writes the plan into ``tensors``.
 
     Factors are brought to the weights' devices and the backend is chosen here; an interrupt that comes while
     weights are being written waits for the last of them, so nothing is ever half-applied.
 
     Args:
-        tensors: must have every name in ``plan.tensors``.
+        tensors: must have every name in ``plan.stored``.
         reduce: where DoRA's vectors are cut: called once by the call that writes, after values are replaced and before
             anything is added, even if there is no DoRA update here. What it is given lies on the updates' tensors'
             devices, and so does what it returns. None: vectors are whole here.
 
     Returns:
-        The call, which may be made more than once. It finds a weight that has got other memory since, or, where
+        The call, which may be made more than once and returns the survival of quantised weights (see
+        ``portllm.live.Applied``). It finds a weight that has got other memory since, or, where
         DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
@@ -63,6 +65,8 @@ def prepare(
     dora_weights: list[Tensor] = []
     dora_updates: list[Update] = []
     for update in plan.updates:
+        if update.name in plan.quantised:
+            continue
         matrix = tensor = tensors[update.name]
         if not update.region.is_whole(tensor):
             matrix = update.region.view(tensor.detach())
@@ -82,10 +86,12 @@ def prepare(
     add = ops.Prepared(weights, lora_A, lora_B, scalings, n_terms, backend, modes_for(plain))
     ops.backends_for(dora_weights, backend)
     dora.check(dora_weights, *_arguments(dora_updates))
+    requantised = _Requantise(plan, tensors, to_device, backend)
+    fixed |= {name: tensors[name] for weight in plan.quantised.values() for name in weight.parts}
     places = {name: _place(tensor) for name, tensor in fixed.items()}
-    inference = any(tensors[name].is_inference() for name in plan.tensors)
+    inference = any(tensors[name].is_inference() for name in plan.stored)
 
-    def write() -> None:
+    def write() -> dict[str, float]:
         for name, tensor in fixed.items():
             if _place(tensor) != places[name]:
                 raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
@@ -95,8 +101,39 @@ def prepare(
             if dora_weights or reduce is not None:
                 dora_(dora_weights, dora_updates, backend=backend, reduce=reduce)
             add()
+            return requantised()
 
     return write
+
+
+class _Requantise:
+    """The updates of a plan's quantised weights, and what they write to."""
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], to_device: Mover, backend: str) -> None:
+        self._backend = backend
+        self._work: list[tuple[Unit, dict[str, Tensor], list[float]]] = []
+        factors = {name: weight.global_scales(tensors.__getitem__) for name, weight in plan.quantised.items()}
+        for unit in grouped(plan.updates, plan.quantised):
+            weight = unit.weight
+            device = tensors[weight.codes].device
+            requantise.backend_for(tensors[weight.codes], backend)
+            parts = {}
+            for name, span in weight.spans(unit.start, unit.stop).items():
+                if not tensors[name].is_contiguous():
+                    raise PlanError(f"{name} is not contiguous; make it so first: tensor.data = tensor.contiguous()")
+                parts[name] = tensors[name].detach().view(-1)[slice(*span)]
+            if weight.nested is not None:
+                parts[weight.nested.table] = tensors[weight.nested.table]
+            terms = tuple(_on_device(term, device, to_device) for term in unit.terms)
+            self._work.append((replace(unit, terms=terms), parts, factors[weight.name]))
+
+    def __call__(self) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for unit, parts, factors in self._work:
+            made = unit.run(parts, factors, self._backend).cpu()
+            name = unit.weight.name
+            sums[name] = sums[name] + made if name in sums else made
+        return {name: survival(total) for name, total in sums.items()}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -86,7 +86,8 @@ class WeightCheck:
         same_as_base: whether the bytes are the base's; None without a fingerprint.
         moved: estimated ||W' - W|| / ||W|| against the base; None without a fingerprint.
         cosine: of the sampled values with the base's; None without a fingerprint.
-        survival: the share of what is added that is left after rounding (see ``portllm.rounding.survival``).
+        survival: the share of what is added that is left after rounding (see ``portllm.rounding.survival``); NaN for
+            quantised weights, of which ``apply`` says it.
     """
 
     source: str
@@ -135,7 +136,9 @@ def check_weights(patch: Patch, plan: Plan, read: Read) -> Check:
             delta, weight = delta + d * d, weight + w * w
         names = tuple(dict.fromkeys(u.name for u in updates))
         ranks = tuple(sorted({t.rank for u in updates for t in u.terms}))
-        kept = survival(updates, lambda u, rows: u.region.view(read(u.name).detach())[list(rows)], dtype)
+        kept = math.nan  # of quantised weights, which are measured as they are written
+        if not any(update.name in plan.quantised for update in updates):
+            kept = survival(updates, lambda u, rows: u.region.view(read(u.name).detach())[list(rows)], dtype)
         result = WeightCheck(source, names, ranks, math.sqrt(delta), math.sqrt(weight), survival=kept)
         old = fingerprint.weights.get(source) if fingerprint else None
         if old is not None:
@@ -169,7 +172,7 @@ def stamp(patch: Patch | str | os.PathLike[str], base: Live | str | os.PathLike[
     else:
         plan = plan_live(base, loaded)
         name = getattr(getattr(base, "config", None), "name_or_path", "") or loaded.config.base_model or ""
-        read = live_target(base).tensors.__getitem__
+        read = live_target(base).read
     return loaded.with_metadata(**{METADATA_KEY: fingerprint(plan, read, name or None).to_json()})
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -19,6 +19,7 @@ from .errors import PlanError
 from .execute import hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
+from .quantised import find
 from .rounding import Kind, Rounding, reader, survivals
 
 if TYPE_CHECKING:
@@ -42,22 +43,26 @@ class Applied:
         plan: what was written.
         backend: as asked for.
         active: false once removed.
+        quantised: of each quantised weight what ``survival`` says of it, measured as it was written.
     """
 
     target: Live
     plan: Plan
     backend: str = "auto"
     active: bool = True
+    quantised: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def survival(self) -> dict[str, float]:
         """For each weight, the share of what was added that is left after rounding: <W' - W, D> / ||D||^2.
 
-        An estimate, computed now, from 16 rows of each weight as it is now, whose steps are those that it had before.
+        An estimate, computed now, from 16 rows of each weight as it is now, whose steps are those that it had before;
+        of quantised weights what was measured.
         """
         live = live_target(self.target)
         tensors = dtensor.local_tensors(live.tensors)
-        return survivals(self.plan, tensors, reader(tensors, live.aliases))
+        found = survivals(self.plan, dtensor.local_tensors(live.weights), reader(tensors, live.aliases))
+        return found | dict(self.quantised)
 
     def remove(self) -> None:
         """Subtract what was added: each weight may end one rounding away from where it began (see undo="exact").
@@ -191,8 +196,8 @@ def apply(
         return handle
     with hold_interrupts():
         _untie(target, untie, clones)
-        write()
-    return Applied(target, made.plan, backend)
+        quantised = write()
+    return Applied(target, made.plan, backend, quantised=quantised)
 
 
 def _exact(target: Live, made: Here, undo: Undo, backend: str, on: Sequence[DeviceMesh]) -> Exact:
@@ -256,7 +261,7 @@ def _bound(
     made = bind(live, patches, options)
     made.check_complete(strict=strict)
     read = reader(live.tensors, {**live.aliases, **made.untie})
-    return dtensor.here(how.settle(made, live.tensors, read), live.tensors)
+    return dtensor.here(how.settle(made, live.weights, read), live.tensors)
 
 
 def as_patches(patch: Patches, scale: float = 1.0) -> list[tuple[Patch, float]]:
@@ -281,6 +286,7 @@ def live_target(target: Live) -> Target:
         dtensor.settle(target)
         named: dict[str, Tensor] = dict(target.named_parameters(remove_duplicate=False))
         named.update(target.named_buffers(remove_duplicate=False))
+        named.update(_beside_weights(target))
         transposed = _conv1d_names(target)
     elif isinstance(target, Mapping):
         named = {str(name): tensor for name, tensor in target.items() if isinstance(tensor, Tensor)}
@@ -298,7 +304,31 @@ def live_target(target: Live) -> Target:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    return Target(tensors, aliases, transposed, declared=isinstance(target, nn.Module))
+    found = find(tensors, tensors.__getitem__, _quantization_config(target))
+    return Target(tensors, aliases, transposed, isinstance(target, nn.Module), found)
+
+
+def _beside_weights(model: nn.Module) -> dict[str, Tensor]:
+    """bitsandbytes keeps scales as attributes; they get the names that they have in its state dicts."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        name = f"{path}.weight" if path else "weight"
+        if type(weight).__name__ == "Params4bit" and (state := getattr(weight, "quant_state", None)) is not None:
+            found |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        elif type(weight).__name__ == "Int8Params":
+            scales = getattr(weight, "SCB", None)
+            scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+            if scales is not None:
+                found[f"{name.removesuffix('.weight')}.SCB"] = scales
+    return found
+
+
+def _quantization_config(target: Live) -> Mapping[str, Any]:
+    config: Any = getattr(getattr(target, "config", None), "quantization_config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return config if isinstance(config, Mapping) else {}
 
 
 def _unknown(name: str) -> bool | None:
@@ -329,7 +359,7 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
 
 def _check_live(made: Here) -> None:
     """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
-    for name in made.plan.tensors:
+    for name in made.plan.stored:
         tensor = made.tensors[made.plan.untie.get(name, name)]
         if tensor.is_meta:
             raise PlanError(

@@ -107,6 +107,12 @@ class Rounding:
             tensor = tensors[plan.untie.get(update.name, update.name)]
             written = dtype or tensor.dtype
             noise = None
+            if update.name in plan.quantised:
+                if self.kind == "auto":
+                    raise PlanError(
+                        f"{update.name} is quantised: rounding='auto' is for 16-bit weights; choose one of the others"
+                    )
+                written = torch.uint8
             by_chance = self.kind != "nearest" and written not in (torch.float32, torch.float64)
             if by_chance and (self.kind == "stochastic" or _is_small(update, read, written)):
                 noise = self._noise(update, tensor)
@@ -184,7 +190,7 @@ def survivals(
     """``survival`` of each tensor that a plan adds to; args as ``Rounding.settle``."""
     updates: dict[str, list[Update]] = {}
     for update in plan.updates:
-        if not update.is_dora:
+        if not update.is_dora and update.name not in plan.quantised:  # the op measures those
             updates.setdefault(update.name, []).append(update)
     return {
         name: survival(group, read, dtype or tensors[plan.untie.get(name, name)].dtype)

@@ -41,10 +41,15 @@ def localise(plan: Plan, pieces: Mapping[str, Sequence[Piece]]) -> Plan:
         pieces: of each whole tensor those that lie here; of one that is missing nothing does.
 
     Raises:
-        PlanError: a tensor that is to be untied or resized, or whose new values have no whole rows here.
+        PlanError: a tensor that is to be untied or resized, is quantised, or whose new values have no whole rows here.
     """
     if plan.untie:
         raise PlanError(f"{min(plan.untie)} is sharded and cannot be untied here; untie the model before it is sharded")
+    if plan.quantised:
+        raise PlanError(
+            f"{min(plan.quantised)} is quantised and sharded, which cannot be patched yet; patch the checkpoint before "
+            "it is loaded"
+        )
     updates = [_cut_update(update, piece) for update in plan.updates for piece in pieces.get(update.name, ())]
     assigns = [_cut_assign(assign, piece) for assign in plan.assigns for piece in pieces.get(assign.name, ())]
     return replace(
