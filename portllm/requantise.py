@@ -113,7 +113,9 @@ def _dispatch(
     arguments = codes, scales, lora_A, lora_B, scalings, scheme, block_rows, block_columns, global_scale, modes
     _check(*arguments)
     if backend_for(codes, backend) == "cpu":
-        made: Tensor = torch.ops.portllm.lowrank_requantise_cpu_(*arguments)
+        # LibTorch's stable ABI knows e8m0 from torch 2.12 on only.
+        scales = scales.view(torch.uint8) if scales.dtype == quant.E8M0 else scales
+        made: Tensor = torch.ops.portllm.lowrank_requantise_cpu_(codes, scales, *arguments[2:])
         return made
     return quant.lowrank_requantise_(*arguments)
 

@@ -22,6 +22,16 @@ struct Avx512Single {
   static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
+  // table[i]; I is a vector of as many integers.
+  template <class I>
+  static Vec lookup(const float (&table)[16], I i) {
+    return _mm512_permutexvar_ps((__m512i)i, load(table));
+  }
+  template <class I>
+  static Vec lookup(const float (&table)[32], I i) {
+    return _mm512_permutex2var_ps(load(table), (__m512i)i, load(table + kWidth));
+  }
+
   static Vec no_nan_payload(Vec x) {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
                               _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));

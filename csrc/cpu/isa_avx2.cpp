@@ -35,6 +35,25 @@ struct Single {
   static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
+  // table[i]; I is a vector of as many integers.
+  template <class I>
+  static Vec lookup(const float (&table)[16], I i) {
+    return lookup16(table, (__m256i)i);
+  }
+  template <class I>
+  static Vec lookup(const float (&table)[32], I i) {
+    return _mm256_blendv_ps(lookup16(table, (__m256i)i), lookup16(table + 16, (__m256i)i), bit(i, 4));
+  }
+  static Vec lookup16(const float* table, __m256i i) {
+    const Vec low = _mm256_permutevar8x32_ps(load(table), i);
+    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(load(table + kWidth), i), bit(i, 3));
+  }
+  // A bit of each index, in the sign.
+  template <class I>
+  static Vec bit(I i, int bit) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)i, 31 - bit));
+  }
+
   static Vec no_nan_payload(Vec x) {
     return _mm256_blendv_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
                             _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
