@@ -35,7 +35,20 @@ struct Single {
   static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-  // table[i]; I is a vector of as many integers.
+  // Bytes as integers, and the low bytes of integers; I is a vector of as many.
+  static __m256i load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class I>
+  static void store_bytes(uint8_t* p, I x) {
+    const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                           0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, first);
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+  }
+
+  // table[i]
   template <class I>
   static Vec lookup(const float (&table)[16], I i) {
     return lookup16(table, (__m256i)i);

@@ -59,18 +59,33 @@ struct Lanes : Vectors<kWidth> {
   [[gnu::always_inline]] static inline void store(T* p, V x) {
     std::memcpy(p, &x, sizeof x);
   }
-  [[gnu::always_inline]] static inline I codes(const uint8_t* p) {
-    return __builtin_convertvector(load<B>(p), I);
-  }
-  [[gnu::always_inline]] static inline void store_codes(uint8_t* p, I x) {
-    store(p, __builtin_convertvector(x, B));
-  }
   [[gnu::always_inline]] static inline F size(F x) { return (F)((I)x & 0x7fffffff); }
   [[gnu::always_inline]] static inline I sign(F x) { return (I)x & static_cast<int32_t>(0x80000000); }
 };
 
 template <class S>
 using LanesOf = Lanes<S::kWidth>;
+
+// Codes, one in a byte. Where gcc makes poor work of the conversion, S has its own.
+template <class S>
+[[gnu::always_inline]] inline typename LanesOf<S>::I load_codes(const uint8_t* p) {
+  using L = LanesOf<S>;
+  if constexpr (requires { S::load_bytes(p); }) {
+    return (typename L::I)S::load_bytes(p);
+  } else {
+    return __builtin_convertvector(L::template load<typename L::B>(p), typename L::I);
+  }
+}
+
+template <class S>
+[[gnu::always_inline]] inline void store_codes(uint8_t* p, typename LanesOf<S>::I codes) {
+  using L = LanesOf<S>;
+  if constexpr (requires { S::store_bytes(p, codes); }) {
+    S::store_bytes(p, codes);
+  } else {
+    L::store(p, __builtin_convertvector(codes, typename L::B));
+  }
+}
 
 // table[i] of a table of 16 or 32 entries.
 template <class S, int kSize>
@@ -531,7 +546,7 @@ Range sum_up(const Block& block, float unit, bool keep_zeros) {
     const float* delta = block.delta + r * block.delta_stride;
     float* sums = block.sums + r * block.cols;
     for (int64_t c = 0; c < block.cols; c += L::N) {
-      const I code = L::codes(codes + c);
+      const I code = load_codes<S>(codes + c);
       const F weight = decode<S, Grid, kCareful>(code) * unit;
       const F sum = add<S>(weight, L::template load<F>(delta + c), keep_zeros);
       if constexpr (kStore) L::store(sums + c, sum);
@@ -611,7 +626,7 @@ template <class S, class Grid>
   double totals[kLanes] = {};
   for (int64_t r = 0; r < block.rows; ++r) {
     for (int64_t c = 0; c < block.cols; c += L::N) {
-      const I stored = L::codes(block.codes + r * block.codes_stride + c);
+      const I stored = load_codes<S>(block.codes + r * block.codes_stride + c);
       const F weight = decode<S, Grid, true>(stored) * old;
       const F sum = add<S>(weight, L::template load<F>(block.delta + r * block.delta_stride + c), keep_zeros);
       const F y = sum / unit;
@@ -664,7 +679,7 @@ Movement encode(const Quantised& weight, const Block& block, float old, float un
 #pragma GCC unroll 4
         for (int p = 0; p < kLanes / L::N; ++p) {
           const int64_t at = c + p * L::N;
-          const I stored = L::codes(codes + at);
+          const I stored = load_codes<S>(codes + at);
           const F before = decode<S, Grid, kCareful>(stored) * old;
           const F d = L::template load<F>(delta + at);
           const F sum = add<S>(before, d, weight.keep_zeros);
@@ -682,7 +697,7 @@ Movement encode(const Quantised& weight, const Block& block, float old, float un
           }
           const I stays = (sum == before) & may_stay;
           code = stays ? stored : code;
-          L::store_codes(codes + at, code);
+          store_codes<S>(codes + at, code);
           const F after = stays ? before : value * unit;
           if constexpr (kCareful) {
             for (int lane = 0; lane < L::N; ++lane) {
