@@ -200,9 +200,8 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = {"rank": arguments.rank, "delta": arguments.delta, "rounding": arguments.rounding}
     print("  ".join(f"{key} {value}" for key, value in kinds.items()))
-    print(
-        f"{'case':13}{'way':9}{'ms':>9}{'spread':>8}{'G w/s':>9}{'x limit':>9}{'x add':>9}{'x torch':>9}{'extra MiB':>11}"
-    )
+    heads = {"ms": 9, "spread": 8, "G w/s": 9, "x limit": 9, "x add": 9, "x torch": 9, "extra MiB": 11}
+    print(f"{'case':13}{'way':9}" + "".join(f"{head:>{width}}" for head, width in heads.items()))
     results = []
     for name in arguments.cases:
         case = Case(name, arguments.rank, arguments.delta, arguments.rounding == "stochastic")
