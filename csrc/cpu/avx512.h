@@ -48,6 +48,25 @@ struct Avx512Single {
   static void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
+  // Bytes as integers, and the low bytes of integers; I is a vector of as many.
+  static __m512i load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class I>
+  static void store_bytes(uint8_t* p, I x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+  }
+
+  // table[i]
+  template <class I>
+  static Vec lookup(const float (&table)[16], I i) {
+    return _mm512_permutexvar_ps((__m512i)i, load(table));
+  }
+  template <class I>
+  static Vec lookup(const float (&table)[32], I i) {
+    return _mm512_permutex2var_ps(load(table), (__m512i)i, load(table + kWidth));
+  }
+
   static Vec no_nan_payload(Vec x) {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
                               _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));

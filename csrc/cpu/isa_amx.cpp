@@ -360,6 +360,7 @@ const Isa* table() {
                        exact_kernel<S>(),
                        exact_kernel<Avx512Double>(),
                        skinny_kernel<S>(),
+                       requantise_kernel<S>(),
                        true,
                        {kRows, kColumns, kPanelBytes, amx_scratch, amx_pack, amx_update},
                        8};

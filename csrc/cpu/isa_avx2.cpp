@@ -36,6 +36,38 @@ struct Single {
   static void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
+  // Bytes as integers, and the low bytes of integers; I is a vector of as many.
+  static __m256i load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class I>
+  static void store_bytes(uint8_t* p, I x) {
+    const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                           0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, first);
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+  }
+
+  // table[i]
+  template <class I>
+  static Vec lookup(const float (&table)[16], I i) {
+    return lookup16(table, (__m256i)i);
+  }
+  template <class I>
+  static Vec lookup(const float (&table)[32], I i) {
+    return _mm256_blendv_ps(lookup16(table, (__m256i)i), lookup16(table + 16, (__m256i)i), bit(i, 4));
+  }
+  static Vec lookup16(const float* table, __m256i i) {
+    const Vec low = _mm256_permutevar8x32_ps(load(table), i);
+    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(load(table + kWidth), i), bit(i, 3));
+  }
+  // A bit of each index, in the sign.
+  template <class I>
+  static Vec bit(I i, int bit) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)i, 31 - bit));
+  }
+
   static Vec no_nan_payload(Vec x) {
     return _mm256_blendv_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
                             _mm256_cmp_ps(x, x, _CMP_UNORD_Q));

@@ -21,6 +21,7 @@
 #include "cpu/dora.h"
 #include "cpu/half.h"
 #include "cpu/lowrank_add.h"
+#include "cpu/requantise_kernel.h"
 #include "cpu/rounding.h"
 #include "cpu/skinny_kernel.h"
 #include "cpu/undo.h"
@@ -666,7 +667,7 @@ constexpr Kernel exact_kernel() {
 // S takes the weights up to fp32, D those in fp64.
 template <class S, class D>
 const Isa* isa(const char* name) {
-  static const Isa table{name, exact_kernel<S>(), exact_kernel<D>(), skinny_kernel<S>(), S::kPairs};
+  static const Isa table{name, exact_kernel<S>(), exact_kernel<D>(), skinny_kernel<S>(), requantise_kernel<S>(), S::kPairs};
   return &table;
 }
 

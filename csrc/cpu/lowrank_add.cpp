@@ -51,31 +51,6 @@ int parts(const Matrix& x, const Facts& facts) {
   return x.dtype == DType::fp16 ? 2 : 3;
 }
 
-// Chooses the kernel for some of a weight's terms, and sets what it needs to know of the factors.
-const Kernel* choose_kernel(const Isa& isa, const Weight& weight, std::span<Term> terms) {
-  if (weight.w.dtype == DType::fp64) return &isa.fp64;
-  int64_t rank = 0;
-  for (const Term& term : terms) rank += term.rank;
-  bool matrix = isa.matrix_rank > 0 && rank >= isa.matrix_rank;
-  if (!isa.pairs) return &isa.single;
-  for (Term& term : terms) {
-    const auto can_pair = [](DType x) { return x == DType::bf16 || x == DType::fp32; };
-    const bool look = can_pair(term.a.dtype) && can_pair(term.b.dtype);
-    if (!look && !matrix) continue;
-    const Facts a = inspect(term.a, term.rank, weight.cols, !matrix);
-    if (!a.pairs && !matrix) continue;
-    const Facts b = inspect(term.b, weight.rows, term.rank, !matrix);
-    term.pairs = look && a.pairs && b.pairs;
-    term.parts_a = parts(term.a, a);
-    term.parts_b = is_power_of_two(term.scaling) ? parts(term.b, b) : 3;
-    const double size = std::abs(term.scaling);
-    matrix = matrix && a.bounded && b.bounded && size > 0x1p-40 && size < 0x1p40;
-  }
-  if (!matrix) return &isa.single;
-  for (Term& term : terms) term.pairs = false;
-  return &isa.matrix;
-}
-
 // Sets where in the record's data each row begins, the first one at `start`; returns where the last ends.
 int64_t find_rows(Weight& weight, int64_t start) {
   const int64_t chunks = ceil_div(weight.cols, kSpan);
@@ -108,6 +83,30 @@ const Isa* choose() {
 }
 
 }  // namespace
+
+const Kernel* choose_kernel(const Isa& isa, const Weight& weight, std::span<Term> terms) {
+  if (weight.w.dtype == DType::fp64) return &isa.fp64;
+  int64_t rank = 0;
+  for (const Term& term : terms) rank += term.rank;
+  bool matrix = isa.matrix_rank > 0 && rank >= isa.matrix_rank;
+  if (!isa.pairs) return &isa.single;
+  for (Term& term : terms) {
+    const auto can_pair = [](DType x) { return x == DType::bf16 || x == DType::fp32; };
+    const bool look = can_pair(term.a.dtype) && can_pair(term.b.dtype);
+    if (!look && !matrix) continue;
+    const Facts a = inspect(term.a, term.rank, weight.cols, !matrix);
+    if (!a.pairs && !matrix) continue;
+    const Facts b = inspect(term.b, weight.rows, term.rank, !matrix);
+    term.pairs = look && a.pairs && b.pairs;
+    term.parts_a = parts(term.a, a);
+    term.parts_b = is_power_of_two(term.scaling) ? parts(term.b, b) : 3;
+    const double size = std::abs(term.scaling);
+    matrix = matrix && a.bounded && b.bounded && size > 0x1p-40 && size < 0x1p40;
+  }
+  if (!matrix) return &isa.single;
+  for (Term& term : terms) term.pairs = false;
+  return &isa.matrix;
+}
 
 const Isa* chosen_isa() {
   static const Isa* const isa = choose();

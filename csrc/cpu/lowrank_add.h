@@ -131,15 +131,21 @@ struct Kernel {
   DoraKernel dora{};  // of exact kernels only
 };
 
+struct RequantiseKernel;
+
 struct Isa {
   const char* name;
   Kernel single;
   Kernel fp64;  // for fp64 weights
   SkinnyKernel skinny;
+  const RequantiseKernel* requantise;
   bool pairs;   // has the instruction that Term::pairs speaks of
   Kernel matrix{};      // on a matrix unit, up to fp32
   int matrix_rank = 0;  // from which it is faster than `single`; 0: there is none
 };
+
+// Chooses the kernel for some of a weight's terms, and sets what it needs to know of the factors.
+const Kernel* choose_kernel(const Isa& isa, const Weight& weight, std::span<Term> terms);
 
 // The fastest variant that the CPU has, or the one that PORTLLM_CPU_ISA names; null if that one
 // is unknown or the CPU lacks it.
