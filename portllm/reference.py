@@ -208,7 +208,7 @@ def _slices(weights: Sequence[Tensor], n_terms: Sequence[int]) -> Iterator[tuple
 
 
 def _squares(tuned: Tensor, axis: int) -> Tensor:
-    return tuned.double().square().sum(1 - axis)
+    return tuned.to(torch.float64, copy=True).square_().sum(1 - axis)
 
 
 def _ratio(magnitude: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
