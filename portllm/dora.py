@@ -23,6 +23,9 @@ torch.library.define(
     "portllm::lowrank_dora_", f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}, str backend='auto') -> ()"
 )
 torch.library.define("portllm::lowrank_dora_squares", f"({_ARGUMENTS}, int[] axes, str backend='auto') -> Tensor[]")
+# The compiled library adds implementations to these.
+torch.library.define("portllm::lowrank_dora_cpu_", f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}) -> ()")
+torch.library.define("portllm::lowrank_dora_squares_cpu_", f"({_ARGUMENTS}, int[] axes, Tensor(a!)[] squares) -> ()")
 
 
 def lowrank_dora_(
@@ -231,13 +234,42 @@ def _parts(weights: Sequence[Tensor], n_terms: Sequence[int], axes: Sequence[int
     return parts
 
 
-_BACKENDS = ("torch",)  # which have kernels for norms; "torch" does it for the others
+_BACKENDS = ("torch", "cpu", "triton")  # which have kernels for norms; "torch" does it for the others
 _Launchers = tuple[Callable[..., None], Callable[..., list[Tensor]]]
 
 
 def _launchers(name: str) -> _Launchers:
     """(``lowrank_dora_``, ``lowrank_dora_squares``) of a backend."""
+    if name == "cpu":
+        return _cpu, _squares_cpu
+    if name == "triton":
+        return _triton, _squares_triton
     return reference.lowrank_dora_, reference.lowrank_dora_squares
+
+
+def _cpu(*arguments: Any) -> None:
+    *others, squares = arguments
+    torch.ops.portllm.lowrank_dora_cpu_(*others, [of_term.contiguous() for of_term in squares])
+
+
+def _squares_cpu(weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    found = _check_squares(weights, *arguments)
+    torch.ops.portllm.lowrank_dora_squares_cpu_(weights, *arguments, found)
+    return found
+
+
+def _triton(weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *arguments: Any) -> None:
+    from . import kernels
+
+    kernels.lowrank_dora_(weights, ops._narrowed(lora_A), ops._narrowed(lora_B), *arguments)
+
+
+def _squares_triton(
+    weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *arguments: Any
+) -> list[Tensor]:
+    from . import kernels
+
+    return kernels.lowrank_dora_squares(weights, ops._narrowed(lora_A), ops._narrowed(lora_B), *arguments)
 
 
 torch.library.impl("portllm::lowrank_dora_", "CompositeExplicitAutograd", _dispatch)

@@ -287,11 +287,12 @@ def test_a_plan_on_pieces_of_a_weight_reduces_the_squares_before_it_adds(axis: i
     result = weight.clone()
     for i, piece in enumerate(pieces):
         tensor, plain = result[piece], torch.zeros(2, 2)
-        seen = []
+        seen: list[Tensor] = []
 
         def reduce(squares: Sequence[Sequence[Tensor]], seen: list = seen, plain: Tensor = plain) -> list[Tensor]:
-            seen.extend(squares)
             assert not plain.any()
+            (mine,) = squares
+            seen.extend(mine)
             return [found[0] + found[1]]
 
         region = Region(None, (0, tensor.shape[0]), (0, tensor.shape[1]))
@@ -300,7 +301,7 @@ def test_a_plan_on_pieces_of_a_weight_reduces_the_squares_before_it_adds(axis: i
         write = prepare(plan, {"w": tensor, "p": plain}, reduce=reduce)
         assert not seen
         write()
-        assert [len(squares) for squares in seen] == [1]
-        assert torch.equal(seen[0][0], found[i])
+        assert len(seen) == 1
+        assert torch.equal(seen[0], found[i])
         assert plain.all()
     torch.testing.assert_close(result, whole, rtol=1e-5, atol=1e-5)
