@@ -2,12 +2,16 @@
 
 The call for other tools: each rank gives the tensors that it holds, by the engine's names, and says which rank it is.
 
-    def patch_worker(worker, adapter):                    # runs in each worker, e.g. by vLLM's collective_rpc
-        model = worker.model_runner.model
+    def patch_worker(worker, adapter):                    # runs in each worker: llm.collective_rpc(patch_worker, ...)
+        parallel = worker.vllm_config.parallel_config
         layout = portllm.layouts.vllm(
-            model.config, tp_rank=get_tensor_model_parallel_rank(), tp_size=get_tensor_model_parallel_world_size()
+            worker.vllm_config.model_config.hf_config,
+            tp_rank=get_tensor_model_parallel_rank(),     # of vllm.distributed
+            tp_size=parallel.tensor_parallel_size,
+            pp_size=parallel.pipeline_parallel_size,
         )
-        return portllm.apply(dict(model.named_parameters()), adapter, layout=layout, undo="exact")
+        tensors = dict(worker.get_model().named_parameters())
+        worker.patch = portllm.apply(tensors, adapter, layout=layout, undo="exact")      # worker.patch.remove()
 
 The patch is bound against the whole model, whose tensors and shapes follow from the engine's names and the config, and
 the plan is cut to what lies here: every rank updates its own slices, in place, and no weight moves. The result has the

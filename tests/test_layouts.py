@@ -81,6 +81,7 @@ CASES = {
     "qwen2 biases": Case(_qwen2, {"target_modules": _PROJECTIONS, "bias": "all"}),
     "qwen3": Case(families.qwen3, {"target_modules": _PROJECTIONS}),
     "gemma2": Case(families.gemma2, {"target_modules": [*_PROJECTIONS, "embed_tokens"]}),
+    "tied head": Case(families.gemma2, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": False}),
     "tokens": Case(families.llama, {"target_modules": ["o_proj"], "trainable_token_indices": [0, 5, 31, 70, 92]}),
     "phi3": Case(families.phi3, FAMILIES["phi3"].lora),
     "mixtral": Case(families.mixtral, {**FAMILIES["mixtral"].lora}),
@@ -291,6 +292,9 @@ def test_pipeline_stages(name: str, tmp_path: Path) -> None:
     assert {n for n in written if n.startswith("model.layers.3.")}
     with pytest.raises(PlanError, match="names of the patch are"):
         portllm.plan(got, adapter, layout=_layout(base.config, Rank(1, 2)))
+    got = {n.replace(".o_proj.", ".wo."): tensor for n, tensor in got.items()}
+    with pytest.raises(PlanError, match=r"2 names of the patch are .*: model.layers.[23].self_attn.o_proj"):
+        portllm.plan(got, adapter, layout=_layout(base.config, Rank(1, 2), pp_size=3))
 
 
 def test_a_stage_that_the_patch_has_nothing_for(tmp_path: Path) -> None:
