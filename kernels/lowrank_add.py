@@ -279,6 +279,8 @@ class Variant(NamedTuple):
     w_aligned: bool
     f_aligned: bool
     one_term: bool
+    has_modes: bool = False
+    turned: bool = False  # the weight lies transposed; told only where it has a mode
 
     @property
     def fast(self) -> bool:
@@ -329,6 +331,7 @@ class _Launch(NamedTuple):
     weights: Tensor  # int64 [weights of this launch, 8]
     terms: Tensor  # int64 [terms of this device, 8]
     scalings: Tensor  # fp32 [terms of this device]
+    modes: Tensor  # int64 [weights of this launch, 4], or of no weight
     n_tiles: int
 
 
@@ -338,6 +341,7 @@ class _Entry(NamedTuple):
     row: list[int]  # address, strides m and n, m, n
     term_rows: list[list[int]]
     scalings: list[float]
+    mode: list[int]  # empty if the weight has none
 
 
 class LaunchTable:
@@ -355,6 +359,7 @@ class LaunchTable:
         lora_B: Sequence[Tensor],
         scalings: Sequence[float],
         n_terms: Sequence[int],
+        modes: Sequence[int] = (),
     ) -> None:
         total = sum(n_terms)
         if len(weights) != len(n_terms) or not len(lora_A) == len(lora_B) == len(scalings) == total:
@@ -373,7 +378,7 @@ class LaunchTable:
             if not terms or weight.numel() == 0:
                 continue
             factors = [lora_A[t] for t in terms], [lora_B[t] for t in terms]
-            variant, entry = _describe(weight, *factors, [scalings[t] for t in terms])
+            variant, entry = _describe(weight, *factors, [scalings[t] for t in terms], modes[4 * i : 4 * i + 4])
             devices.setdefault(weight.device, {}).setdefault(variant, []).append(entry)
         self._launches = [launch for device, groups in devices.items() for launch in _upload(device, groups)]
 
@@ -382,16 +387,16 @@ class LaunchTable:
         for launch in self._launches:
             variant = launch.variant
             blocks = min(launch.n_tiles, _multiprocessors(launch.device) * variant.blocks_per_sm)
+            tables: list[Tensor] = [launch.weights, launch.terms, launch.scalings]
+            counts = launch.weights.shape[0], launch.n_tiles
+            options = variant.constants() | variant.options()
             with _on(launch.device):
-                lowrank_add_kernel[(blocks,)](
-                    launch.weights,
-                    launch.terms,
-                    launch.scalings,
-                    launch.weights.shape[0],
-                    launch.n_tiles,
-                    **variant.constants(),
-                    **variant.options(),
-                )
+                if variant.has_modes:
+                    from .rounding import lowrank_round_kernel
+
+                    lowrank_round_kernel[(blocks,)](*tables, launch.modes, *counts, TURNED=variant.turned, **options)
+                else:
+                    lowrank_add_kernel[(blocks,)](*tables, *counts, **options)
 
 
 def _check(i: int, weight: Tensor, terms: range, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
@@ -418,11 +423,12 @@ def _check(i: int, weight: Tensor, terms: range, lora_A: Sequence[Tensor], lora_
 
 
 def _describe(
-    weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scalings: list[float]
+    weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scalings: list[float], mode: Sequence[int] = ()
 ) -> tuple[Variant, _Entry]:
     """The variant for one weight, and its rows of the table."""
     # W' += (B A)' = A' B': seen so, a weight that lies transposed has contiguous rows as well.
-    if weight.stride(0) < weight.stride(1):
+    turned = weight.stride(0) < weight.stride(1)
+    if turned:
         weight = weight.T
         lora_A, lora_B = [b.T for b in lora_B], [a.T for a in lora_A]
     dtypes = {factor.dtype for factor in (*lora_A, *lora_B)}
@@ -433,6 +439,8 @@ def _describe(
         w_aligned=_aligned(weight),
         f_aligned=f_dtype is not None and all(map(_aligned, (*lora_A, *lora_B))),
         one_term=len(lora_A) == 1,
+        has_modes=any(mode[:1]),
+        turned=turned and any(mode[:1]),
     )
     term_rows = [
         [
@@ -445,7 +453,7 @@ def _describe(
         ]
         for a, b in zip(lora_A, lora_B, strict=True)
     ]
-    return variant, _Entry([weight.data_ptr(), *weight.stride(), *weight.shape], term_rows, scalings)
+    return variant, _Entry([weight.data_ptr(), *weight.stride(), *weight.shape], term_rows, scalings, list(mode))
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -469,6 +477,7 @@ def _upload(device: torch.device, groups: dict[Variant, list[_Entry]]) -> list[_
     weight_rows: list[int] = []
     term_rows: list[int] = []
     scalings: list[float] = []
+    modes: list[int] = []
     tiles: list[int] = []
     for variant, entries in groups.items():
         n_tiles = 0
@@ -478,21 +487,26 @@ def _upload(device: torch.device, groups: dict[Variant, list[_Entry]]) -> list[_
             weight_rows += [*entry.row, n_tiles, len(scalings), len(scalings) + len(entry.scalings)]
             term_rows += [value for row in entry.term_rows for value in row]
             scalings += entry.scalings
+            modes += entry.mode if variant.has_modes else []
         tiles.append(n_tiles)
     # Two fp32 fill one int64, so that the scalings travel in the same copy.
     packed = torch.zeros(len(scalings) + len(scalings) % 2, dtype=torch.float32)
     packed[: len(scalings)] = torch.tensor(scalings, dtype=torch.float32)
-    table = torch.cat([torch.tensor(weight_rows + term_rows, dtype=torch.int64), packed.view(torch.int64)])
+    table = torch.cat([torch.tensor(weight_rows + term_rows + modes, dtype=torch.int64), packed.view(torch.int64)])
     if device.type == "cuda":
         with _on(device):
             table = table.pin_memory().to(device, non_blocking=True)
-    on_weights, on_terms, on_scalings = table.split([len(weight_rows), len(term_rows), len(packed) // 2])
+    sizes = [len(weight_rows), len(term_rows), len(modes), len(packed) // 2]
+    on_weights, on_terms, on_modes, on_scalings = table.split(sizes)
     counts = [len(entries) for entries in groups.values()]
     weights = on_weights.view(-1, COLUMNS.value).split(counts)
     shared = on_terms.view(-1, COLUMNS.value), on_scalings.view(torch.float32)
+    of_launch = on_modes.view(-1, 4).split(
+        [count if variant.has_modes else 0 for variant, count in zip(groups, counts, strict=True)]
+    )
     return [
-        _Launch(device, variant, rows, *shared, n_tiles)
-        for variant, rows, n_tiles in zip(groups, weights, tiles, strict=True)
+        _Launch(device, variant, rows, *shared, mode_rows, n_tiles)
+        for variant, rows, mode_rows, n_tiles in zip(groups, weights, of_launch, tiles, strict=True)
     ]
 
 
@@ -511,6 +525,7 @@ def lowrank_add_(
     lora_B: Sequence[Tensor],
     scalings: Sequence[float],
     n_terms: Sequence[int],
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
 
@@ -522,13 +537,15 @@ def lowrank_add_(
         lora_B: [m, r] each, as ``lora_A``.
         scalings: one for each term.
         n_terms: how many terms belong to each weight.
+        modes: empty, or a ``portllm.noise.Mode`` for each weight, one after the other.
 
     Factors are used as stored, products and sums are fp32, each term is scaled when its sum is complete, and
-    the weight is rounded once, to nearest even. A factor that is not finite, or above 3.38e38, can give NaN
-    where plain arithmetic gives an infinity. Deterministic. The host does not wait for the device.
+    the weight is rounded once, to nearest even or as its mode says. A factor that is not finite, or above
+    3.38e38, can give NaN where plain arithmetic gives an infinity. Deterministic. The host does not wait for
+    the device.
 
     Raises:
         TypeError: a weight or a factor of another dtype; the message names it.
         ValueError: lengths, shapes, strides or devices that do not fit. Nothing has been written then.
     """
-    LaunchTable(weights, lora_A, lora_B, scalings, n_terms).launch()
+    LaunchTable(weights, lora_A, lora_B, scalings, n_terms, modes).launch()

@@ -356,6 +356,79 @@ def test_pieces_of_any_size_give_the_bits_of_the_live_way(
     assert most() > 10 if chunk == 1 else True
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [{"rounding": "stochastic", "seed": 5}, {"rounding": "auto"}, {"keep_zeros": True, "rounding": "stochastic"}],
+)
+def test_rounding_gives_the_bits_of_the_live_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 48)
+    rich = Rich(dtype)
+    for tensor in rich.named.values():
+        tensor[torch.rand(tensor.shape) < 0.3] = 0
+    patches = [(patch, strength * 1e-3) for patch, strength in rich.patches()]
+    patches[0] = (_without_replacements(patches[0][0]), patches[0][1])
+    model = write_model(tmp_path / "model", rich.named, shards=3)
+    expected = live(rich.named, patches, backend=backend, **options)
+    report = apply_checkpoint(model, patches, tmp_path / "out", backend=backend, **options)
+    found = read_model(tmp_path / "out")
+    assert_same(found, expected)
+    if options["rounding"] == "stochastic":  # of so few columns and so high ranks auto may leave all to nearest
+        assert any(not same_bits(found[name], tensor) for name, tensor in live(rich.named, patches).items())
+    changed = [name for name in found if not same_bits(found[name], rich.named[name])]
+    assert set(report.survival) >= set(changed)
+    if options.get("keep_zeros"):
+        for name, tensor in rich.named.items():
+            assert not found[name][tensor == 0].any()
+
+
+def _without_replacements(patch: Patch) -> Patch:
+    """Replaced values at a small strength are no patch that is lost in rounding."""
+    kept = {key: tensor for key, tensor in patch.tensors.items() if ".lora_" in key}
+    raw = {k: v for k, v in patch.config.raw.items() if k not in ("modules_to_save", "trainable_token_indices")}
+    return Patch.from_tensors(kept, raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_is_rounded_by_chance_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    """fp32 weights that bf16 holds exactly give what a bf16 checkpoint does."""
+    named = {name: tensor.to(dtype) for name, tensor in tensors().items()}
+    adapter = write_adapter(tmp_path / "adapter")
+    narrow = write_model(tmp_path / "narrow", named)
+    wide = write_model(tmp_path / "wide", {name: tensor.float() for name, tensor in named.items()})
+    options: dict[str, Any] = {"rounding": "stochastic", "scale": 1e-3}
+    apply_checkpoint(narrow, adapter, tmp_path / "a", **options)
+    apply_checkpoint(wide, adapter, tmp_path / "b", dtype=dtype, **options)
+    assert_same(read_model(tmp_path / "b"), read_model(tmp_path / "a"))
+    assert_same(read_model(tmp_path / "a"), live(named, adapter, **options))
+
+
+@pytest.mark.parametrize("options", [{"rounding": "stochastic"}, {"rounding": "auto"}, {"keep_zeros": True}])
+def test_in_place_rounds_to_nearest(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, adapter = write_model(tmp_path / "model"), write_adapter(tmp_path / "adapter")
+    before = read_model(model)
+    with pytest.raises(CheckpointError, match=f"{next(iter(options))} cannot be had in place; write a patched copy"):
+        apply_checkpoint(model, adapter, in_place=True, **options)
+    assert_same(read_model(model), before)
+    assert not (model / ".portllm").exists()
+
+
+def test_a_patch_that_rounding_loses_is_named(tmp_path: Path) -> None:
+    """At a 2000th of a step, on average, next to nothing of a patch is left."""
+    named = {name: torch.ones_like(tensor).bfloat16() for name, tensor in tensors().items()}
+    model, adapter = write_model(tmp_path / "model", named), write_adapter(tmp_path / "adapter")
+    report = apply_checkpoint(model, adapter, tmp_path / "a", 1e-6)
+    [warning] = [w for w in report.warnings if "rounding to nearest loses" in w]
+    assert f"in {len(report.survival)} of {len(report.survival)} weights" in warning
+    assert "rounding='stochastic' or 'auto' (--rounding)" in warning
+    assert set(report.survival.values()) == {0.0}
+    assert not apply_checkpoint(model, adapter, tmp_path / "b", 1e-6, rounding="stochastic").warnings
+
+
 @pytest.mark.parametrize("chunk", [1, 100, 333, 1 << 20])
 def test_rows_that_are_replaced_cross_the_borders_of_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int

@@ -183,6 +183,20 @@ def test_apply(run: Run, model: Path, adapter: Path, tmp_path: Path) -> None:
     assert "warning" not in err
 
 
+def test_apply_rounds_as_asked(run: Run, model: Path, adapter: Path, tmp_path: Path) -> None:
+    options = ["--rounding", "stochastic", "--seed", "3", "--keep-zeros", "--dtype", "bfloat16"]
+    code, out, _ = run("apply", f"{adapter}@0.001", model, "-o", tmp_path / "out", *options)
+    assert code == 0
+    assert "survives rounding: " in out
+    expected = tmp_path / "expected"
+    settings: dict[str, Any] = {"rounding": "stochastic", "seed": 3, "keep_zeros": True, "dtype": torch.bfloat16}
+    portllm.apply_checkpoint(model, [(str(adapter), 0.001)], expected, **settings)
+    assert_is(tmp_path / "out", read_model(expected))
+    code, _, err = run("apply", f"{adapter}@1e-9", model, "-o", tmp_path / "lost", "--dtype", "bfloat16")
+    assert code == 0
+    assert "(--rounding) keeps it on average" in err
+
+
 def test_apply_json_says_the_same(run: Run, model: Path, adapter: Path, tmp_path: Path) -> None:
     code, out, err = run("apply", adapter, model, "-o", tmp_path / "out", "--json")
     assert (code, err) == (0, "")

@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from portllm import BackendError, lowrank_add_, noise, ops
+import portllm
+from portllm import BackendError, Patch, PlanError, lowrank_add_, noise, ops
 from portllm.execute import execute
 from portllm.noise import FLIPPED, KEEP_ZEROS, STOCHASTIC, Mode
 from portllm.planning import Noise, Plan, Region, Term, Update
+from portllm.rounding import reader, survivals
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 BACKENDS = [name for name in ("torch", "cpu") if ops.unavailable(name) is None]
@@ -254,6 +256,135 @@ def test_cuda_kernels_take_no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.backend_for(weight, "cuda") == "cuda"
     with pytest.raises(BackendError, match="it rounds to nearest only"):
         ops.backend_for(weight, "cuda", plain=False)
+
+
+def _patch(name: str, size: float, m: int = 256, n: int = 1024, rank: int = 16) -> tuple[Tensor, Patch]:
+    """A bf16 weight of N(0, 0.02^2), and a patch of that relative size."""
+    weight = (torch.randn(m, n) * 0.02).bfloat16()
+    lora_A, lora_B = torch.randn(rank, n), torch.randn(m, rank)
+    lora_B *= size * weight.float().norm() / (lora_B @ lora_A).norm()
+    key = f"base_model.model.{name}"
+    tensors = {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
+    return weight, Patch.from_tensors(
+        tensors, {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [name.rpartition(".")[2]]}
+    )
+
+
+@pytest.mark.parametrize("size, share", [(1e-4, 0.06), (1e-3, 0.53), (1e-2, 1.0)])
+def test_what_survives_is_predicted_and_told(size: float, share: float) -> None:
+    """The shares are those of a simulation elsewhere; the estimates are of 16384 elements."""
+    weight, patch = _patch("layers.0.q", size)
+    model = {"layers.0.q.weight": weight.clone()}
+    plan = portllm.plan(model, patch)
+    predicted = survivals(plan, model, reader(model, {}))["layers.0.q.weight"]
+    handle = portllm.apply(model, patch)
+    delta = plan.updates[0].terms[0].lora_B @ plan.updates[0].terms[0].lora_A
+    true = ((model["layers.0.q.weight"].float() - weight.float()) * delta).sum() / delta.square().sum()
+    assert abs(true - share) < 0.03
+    assert abs(predicted - true) < 0.06
+    assert abs(handle.survival["layers.0.q.weight"] - true) < 0.06
+    again = {"layers.0.q.weight": weight.clone()}
+    handle = portllm.apply(again, patch, rounding="stochastic")
+    true = ((again["layers.0.q.weight"].float() - weight.float()) * delta).sum() / delta.square().sum()
+    assert abs(true - 1) < 0.15
+
+
+@pytest.mark.parametrize("size, by_chance", [(1e-7, False), (1e-3, True), (1e-2, False)])
+def test_auto_takes_what_loses_less(size: float, by_chance: bool) -> None:
+    weight, patch = _patch("layers.0.q", size)
+    model = {"layers.0.q.weight": weight}
+    [update] = portllm.plan(model, patch, rounding="auto").updates
+    assert (update.noise is not None) == by_chance
+    lora_A = update.terms[0].lora_A
+    inside = torch.linalg.qr(lora_A.T)[0]
+    errors = {}
+    for rounding in ("nearest", "stochastic"):
+        copy = {"layers.0.q.weight": weight.clone()}
+        portllm.apply(copy, patch, rounding=rounding)
+        exact = weight.double() + update.terms[0].lora_B.double() @ lora_A.double()
+        errors[rounding] = ((copy["layers.0.q.weight"].double() - exact) @ inside.double()).norm()
+    assert (errors["stochastic"] < errors["nearest"]) == by_chance
+
+
+def test_wide_weights_and_bad_options() -> None:
+    weight, patch = _patch("layers.0.q", 1e-3)
+    wide = {"layers.0.q.weight": weight.float()}
+    assert portllm.plan(wide, patch, rounding="stochastic").updates[0].noise is None
+    meta = {"layers.0.q.weight": weight.to("meta")}
+    assert portllm.plan(meta, patch, rounding="stochastic", seed=4).updates[0].noise is not None
+    with pytest.raises(PlanError, match="is a meta tensor without data"):
+        portllm.plan(meta, patch, rounding="auto")
+    with pytest.raises(PlanError, match="rounding='up' must be 'nearest', 'stochastic' or 'auto'"):
+        portllm.apply(wide, patch, rounding="up")  # type: ignore[call-overload]
+
+
+def test_noise_goes_by_seed_and_name_and_place() -> None:
+    """Two names of one layer in old and new layouts have the same; another seed gives other weights."""
+    weight, patch = _patch("layers.0.q", 1e-3)
+    found = []
+    for prefix, seed in (("", 0), ("_orig_mod.", 0), ("", 1)):
+        model = {f"{prefix}layers.0.q.weight": weight.clone()}
+        portllm.apply(model, patch, rounding="stochastic", seed=seed)
+        found += model.values()
+    assert _same(found[0], found[1])
+    assert not _same(found[0], found[2])
+
+
+@pytest.mark.parametrize("options", [{"rounding": "stochastic"}, {"keep_zeros": True}, {"rounding": "auto"}])
+def test_exact_undo(options: dict[str, Any]) -> None:
+    weight, first = _patch("layers.0.q", 1e-3)
+    weight[torch.rand(weight.shape) < 0.2] = 0
+    second = _patch("layers.0.q", 1e-3)[1]
+    name = "layers.0.q.weight"
+
+    def fresh(*patches: Patch) -> Tensor:
+        model = {name: weight.clone()}
+        portllm.apply(model, list(patches), **options)
+        return model[name]
+
+    model = {name: weight.clone()}
+    one = portllm.apply(model, first, undo="exact", **options)
+    assert _same(model[name], fresh(first))
+    two = portllm.apply(model, second, undo="exact", **options)
+    assert _same(model[name], fresh(first, second))
+    one.remove()
+    assert _same(model[name], fresh(second))
+    plain = portllm.apply(model, first, undo="exact")
+    plain.remove()
+    assert _same(model[name], fresh(second))
+    two.remove()
+    assert _same(model[name], weight)
+
+
+def test_subtracting_takes_nearly_all_noise_off() -> None:
+    """With the same noise, where no power of two was crossed; to nearest a fifth of the weights would stay changed."""
+    weight, patch = _patch("layers.0.q", 1e-3)
+    for way in ("handle", "function"):
+        model = {"layers.0.q.weight": weight.clone()}
+        handle = portllm.apply(model, patch, rounding="stochastic", seed=9)
+        changed = (model["layers.0.q.weight"] != weight).double().mean()
+        assert changed > 0.1
+        if way == "handle":
+            handle.remove()
+        else:
+            portllm.remove(model, patch, rounding="stochastic", seed=9)
+        assert (model["layers.0.q.weight"] != weight).double().mean() < changed / 10
+
+
+def test_dora_is_rounded_as_asked() -> None:
+    weight, plain = _patch("layers.0.q", 1e-3)
+    weight[torch.rand(weight.shape) < 0.2] = 0
+    tensors = dict(plain.tensors) | {
+        "base_model.model.layers.0.q.lora_magnitude_vector": weight.float().norm(dim=1) * 1.0001
+    }
+    patch = Patch.from_tensors(tensors, plain.config.raw | {"use_dora": True})
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        model = {"layers.0.q.weight": weight.clone()}
+        portllm.apply(model, patch, rounding=rounding, keep_zeros=True)
+        found[rounding] = model["layers.0.q.weight"]
+        assert not found[rounding][weight == 0].any()
+    assert not _same(found["nearest"], found["stochastic"])
 
 
 _AGREE = """

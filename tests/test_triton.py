@@ -149,6 +149,36 @@ def halves_are_rounded_to_nearest_even(device: str) -> None:
 
 
 @check
+def modes_round_as_they_say(device: str) -> None:
+    """The sums are had from fp32 weights; what is made of them is plain torch's."""
+    from portllm.kernels import lowrank_add_
+    from portllm.noise import Mode, store_
+
+    for w_dtype in DTYPES:
+        for view in ("contiguous", "odd columns", "transposed", "strided"):
+            weights, wide, factors, modes, before = [], [], [], [], []
+            for m, n in [(70, 96), (1, 1), (33, 130)]:
+                w = torch.randn(m, n) * 10.0 ** torch.randint(-6, 1, (m, n))
+                w[torch.rand(m, n) < 0.2] = 0
+                w = w.to(w_dtype).to(device)
+                w.view(-1)[: min(3, m)] = torch.tensor([torch.inf, torch.finfo(w_dtype).max, torch.nan])[: min(3, m)]
+                before.append(w.clone())
+                weights.append(Laid(w, view, w_dtype, device).matrix)
+                wide.append(Laid(w, view, FP32, device).matrix)
+                factors.append((torch.randn(8, n, device=device) * 1e-3, torch.randn(m, 8, device=device) * 1e-2))
+                key, *place = (random.getrandbits(bits) for bits in (63, 32, 32))
+                modes.append(Mode(len(modes) + 1 + 4 * random.getrandbits(1), key, *place))
+            lists = [a for a, _ in factors], [b for _, b in factors], [0.5] * 3, [1] * 3
+            lowrank_add_(wide, *lists)
+            lowrank_add_(weights, *lists, [number for mode in modes for number in mode])
+            for w, sums, mode, old in zip(weights, wide, modes, before, strict=True):
+                expected = old.clone()
+                store_(expected, sums.contiguous(), mode, slice(0, len(old)))
+                same = (w == expected) | (w.isnan() & expected.isnan())
+                assert same.all(), f"{w_dtype}, {view}, {mode}, {int((~same).sum())} of {same.numel()}"
+
+
+@check
 def exact_sums_are_exact_in_every_dtype(device: str) -> None:
     for w_dtype in DTYPES:
         for f_dtype in DTYPES:
