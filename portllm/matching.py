@@ -139,6 +139,7 @@ class _Matcher:
                     if old is not None:
                         self._layer(stack, old, number)
         made = self._map()
+        made.check_groups()
         self._verify(made)
         return made
 

@@ -78,7 +78,6 @@ class IndexMap:
         for kind in self.selections:
             if kind not in KINDS:
                 raise PlanError(f"there is no dimension {kind!r}; choose from {', '.join(KINDS)}")
-        self._check_groups()
 
     @classmethod
     def of(
@@ -101,7 +100,9 @@ class IndexMap:
         for kind, given in kinds.items():
             scopes = given if isinstance(given, Mapping) else {"": given}
             selections[kind] = {scope: _selection(kind, scope, *pair) for scope, pair in scopes.items()}
-        return cls(selections, dict(dimensions or {}))
+        made = cls(selections, dict(dimensions or {}))
+        made.check_groups()
+        return made
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> IndexMap:
@@ -236,8 +237,8 @@ class IndexMap:
         found = torch.cat(parts)
         return None if torch.equal(found, torch.arange(size)) else found
 
-    def _check_groups(self) -> None:
-        """With grouped queries, each kept query head must read, in the new model, the key/value head that it read."""
+    def check_groups(self) -> None:
+        """Raise PlanError where a kept query head would read another key/value head than it did (grouped queries)."""
         for scope in {*self.selections.get(HEADS, {}), *self.selections.get(KV_HEADS, {})}:
             queries, keys = (self.selections.get(kind, {}).get(scope) for kind in (HEADS, KV_HEADS))
             queries = queries or self.find(HEADS, scope)
