@@ -30,7 +30,6 @@ examples:
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
   portllm apply ./adapter ./evolved-model --in-place
-  portllm apply ./adapter ./dcp-checkpoint -o ./patched
   torchrun --nproc-per-node 8 -m portllm apply ./adapter ./evolved-model -o ./patched
   portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16

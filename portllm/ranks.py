@@ -134,9 +134,9 @@ class Ranks:
             ) from None
 
     def _common(self, errors: Sequence[PortllmError | None]) -> PortllmError:
-        """The first error; says whose it is, unless all have the same."""
+        """The first error; says whose it is, unless all have the same, or rank 0, which checks for all of them."""
         rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-        if len({str(e) for e in errors}) == 1:
+        if rank == 0:
             return error
         return type(error)(f"rank {rank} of {self.size}: {error}")
 
