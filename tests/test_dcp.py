@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 import portllm
-from portllm import Patch, apply_checkpoint, ops
+from portllm import CheckpointError, Patch, PlanError, PortllmError, apply_checkpoint, ops
 from portllm.checkpoint import plan_checkpoint
 from portllm.cli import main
 
 from . import distributed
-from .tiny import same_bits, snapshot, write_adapter
+from .tiny import same_bits, snapshot, write_adapter, write_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -34,6 +36,7 @@ BACKENDS = [name for name in ("torch", "cpu") if ops.unavailable(name) is None]
 # No size is a multiple of four, and one is below it, so that every way of cutting has uneven and empty chunks.
 OUT, IN, VOCAB, SMALL = 23, 18, 30, 3
 LAYERS = ("model.layers.0", "model.layers.1")
+Q_PROJ = "model.layers.0.q_proj.weight"
 
 
 class Layer(nn.Module):
@@ -345,3 +348,177 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             whole = wholes.setdefault(index.fqn.removeprefix("model."), torch.full(about.size, torch.nan))
             whole[tuple(slice(o, o + s) for o, s in zip(index.offset, chunk.shape, strict=True))] = chunk
     return {f"model.{name.removeprefix('model.')}": tensor for name, tensor in wholes.items()}
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(tmp_path: Path, model: Path, patch: Any, **options: Any) -> PortllmError:
+    """The error of a call that must not leave anything behind."""
+    before = snapshot(tmp_path)
+    with pytest.raises(PortllmError) as raised:
+        apply_checkpoint(model, patch, None if options.get("in_place") else tmp_path / "out", **options)
+    assert snapshot(tmp_path) == before
+    return raised.value
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    dcp.save(training_state(whole_tensors()), checkpoint_id=tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"in_place": True}, "is not patched in place; write a patched copy"),
+        ({"dtype": torch.float32}, "dtype would change the layout of a torch.distributed.checkpoint directory"),
+        ({"tied": "untie"}, "tied='untie' (--untie) would change the layout"),
+        ({"resize": True}, "resize (--resize-vocab) would change the layout"),
+        ({"part": "ema"}, "no part 'ema' with tensors in it; it has 'model'"),
+    ],
+)
+def test_what_would_change_the_layout(tmp_path: Path, model: Path, options: dict[str, Any], text: str) -> None:
+    assert text in str(refusal(tmp_path, model, adapter(tmp_path / "adapter"), **options))
+
+
+def test_weights_in_two_parts_are_ambiguous_until_one_is_named(tmp_path: Path) -> None:
+    named = whole_tensors()
+    state = {"model": named, "ema": {name: tensor + 1 for name, tensor in named.items()}, "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "model")
+    patch = adapter(tmp_path / "adapter")
+    error = refusal(tmp_path, tmp_path / "model", patch)
+    assert isinstance(error, PlanError)
+    assert "in several parts: 'model', 'ema'; say which one is to be patched, such as part='model' (--part)" in str(
+        error
+    )
+    apply_checkpoint(tmp_path / "model", patch, tmp_path / "out", part="ema")
+    assert_same(load(tmp_path / "out", state), state | {"ema": live(state["ema"], patch)})
+
+
+def test_a_patch_for_another_model(tmp_path: Path, model: Path) -> None:
+    assert "the patch matches nothing" in str(refusal(tmp_path, model, write_adapter(tmp_path / "other")))
+    named = {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.randn(4, IN + 1)}
+    named["base_model.model.model.layers.0.q_proj.lora_B.weight"] = torch.randn(OUT, 4)
+    other = write_adapter(tmp_path / "wide", named, target_modules=["q_proj"])
+    assert f"lora_B @ lora_A is [{OUT}, {IN + 1}]" in str(refusal(tmp_path, model, other, strict=False))
+
+
+def test_no_model_in_it(tmp_path: Path) -> None:
+    dcp.save({"step": torch.zeros(3), "names": {"a": torch.zeros(2)}}, checkpoint_id=tmp_path / "model")
+    text = "no tensor with a name such as layers.0.weight: no model in it"
+    assert text in str(refusal(tmp_path, tmp_path / "model", adapter(tmp_path / "adapter")))
+
+
+def test_part_is_for_dcp_only(tmp_path: Path) -> None:
+    error = refusal(tmp_path, write_model(tmp_path / "model"), write_adapter(tmp_path / "adapter"), part="model")
+    assert "part='model' is only for torch.distributed.checkpoint directories; leave it out" in str(error)
+
+
+def _shorter(path: Path) -> None:
+    os.truncate(path / "__0_0.distcp", os.path.getsize(path / "__0_0.distcp") - 1)
+
+
+def _edit(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        change(metadata)
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return edit
+
+
+def _of_weight(metadata: Any) -> Any:
+    """The places of the first q_proj's weight."""
+    return next(place for index, place in metadata.storage_data.items() if index.fqn.endswith("layers.0.q_proj.weight"))
+
+
+class Evil:
+    """A pickle that runs code when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no metadata": (lambda p: (p / ".metadata").unlink(), "holds .distcp files, but no .metadata: the save was cut"),
+    "metadata of each rank": (lambda p: (p / ".metadata").rename(p / "__0.metadata"), "use_collectives=True"),
+    "no pickle": (lambda p: (p / ".metadata").write_bytes(b"\x80\x04N"), "not sound metadata of a DCP checkpoint"),
+    "half a pickle": (lambda p: os.truncate(p / ".metadata", 300), "not sound metadata of a DCP checkpoint"),
+    "code": (lambda p: (p / ".metadata").write_bytes(pickle.dumps(Evil(p / "evil"))), "posix.mkdir, which is no part"),
+    "missing file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp: missing, but holds"),
+    "truncated": (_shorter, "; copy it again"),
+    "planner": (_edit(lambda m: setattr(m, "planner_data", {"a": 3})), "planner data of an unknown kind (dict)"),
+    "storage": (_edit(lambda m: setattr(m, "storage_data", None)), "does not say what is stored and where"),
+    "no place": (_edit(lambda m: m.storage_data.clear()), "does not say where model.model.embed_tokens.weight is"),
+    "outside": (_edit(lambda m: setattr(_of_weight(m), "relative_path", "../x")), "'../x', which is not a file in the"),
+    "elsewhere": (_edit(lambda m: setattr(_of_weight(m), "offset", 9)), "is neither a zip archive of torch.save nor"),
+    "packed": (_edit(lambda m: setattr(_of_weight(m), "transform_descriptors", ["zstd"])), "compressed or encrypted"),
+    "holes": (
+        _edit(lambda m: setattr(m.state_dict_metadata[f"model.{Q_PROJ}"], "size", torch.Size([99, 99]))),
+        f"the chunks of model.{Q_PROJ} do not make up its [99, 99]",
+    ),
+    "dtype": (
+        _edit(lambda m: setattr(m.state_dict_metadata[f"model.{Q_PROJ}"].properties, "dtype", torch.half)),
+        "is a torch.bfloat16 tensor, torch.strided, not the torch.float16 tensor that was announced",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, model: Path, damage: str) -> None:
+    change, text = DAMAGES[damage]
+    change(model)
+    error = refusal(tmp_path, model, adapter(tmp_path / "adapter"))
+    assert isinstance(error, CheckpointError)
+    assert text in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_tensor_that_is_not_stored_row_by_row(tmp_path: Path) -> None:
+    named = whole_tensors()
+    named["model.layers.0.q_proj.weight"] = named["model.layers.0.q_proj.weight"].T.contiguous().T
+    dcp.save({"model": named}, checkpoint_id=tmp_path / "model")
+    error = refusal(tmp_path, tmp_path / "model", adapter(tmp_path / "adapter"))
+    assert f"q_proj.weight[0:{OUT}, 0:{IN}] is stored with strides [1, {OUT}], little-endian; save it from" in str(
+        error
+    )
+
+
+def test_a_quantised_weight(tmp_path: Path) -> None:
+    named = whole_tensors()
+    named["model.layers.0.q_proj.weight"] = named["model.layers.0.q_proj.weight"].to(torch.int8)
+    dcp.save({"model": named}, checkpoint_id=tmp_path / "model")
+    assert "layers.0.q_proj.weight is int8" in str(refusal(tmp_path, tmp_path / "model", adapter(tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "replicas"])
+def test_dora_needs_whole_vectors(sharded: Path, tmp_path: Path, layout: str) -> None:
+    """Rows that lie whole in a chunk have their norms; those that chunks cut through are refused by name."""
+    named = {f"base_model.model.{LAYERS[0]}.q_proj.lora_{m}.weight": torch.randn(s) for m, s in
+             (("A", (4, IN)), ("B", (OUT, 4)))}  # fmt: skip
+    named[f"base_model.model.{LAYERS[0]}.q_proj.lora_magnitude_vector.weight"] = torch.rand(OUT) + 0.5
+    patch = write_adapter(tmp_path / "adapter", named, use_dora=True, target_modules=["layers.0.q_proj"])
+    source = sharded / layout
+    if layout == "columns":
+        error = refusal(tmp_path, source, patch)
+        assert isinstance(error, PlanError)
+        assert "DoRA needs the norms of whole vectors of model.layers.0.q_proj.weight" in str(error)
+        assert "save it with shards of rows" in str(error)
+        return
+    apply_checkpoint(source, patch, tmp_path / "out")
+    whole = torch.load(sharded / "whole.pt")
+    found, expected = load(tmp_path / "out", {"model": whole})["model"], live(whole, patch)
+    changed = f"{LAYERS[0]}.q_proj.weight"
+    torch.testing.assert_close(found.pop(changed), expected.pop(changed), rtol=2**-20, atol=2**-18)
+    assert_same(found, expected)
+
+
+def test_other_commands_say_what_the_directory_is(model: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=re.escape("a torch.distributed.checkpoint directory, which only `apply`")
+    ):
+        portllm.checkpoint_status(model)
