@@ -21,6 +21,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from .bind import Target
 from .errors import CheckpointError, PlanError
-from .files import read_exactly
+from .files import named_errors, read_exactly
+from .naming import VOCABULARY_LAYERS, tied_names
 from .planning import Plan, Update
 from .sharding import Piece, localise
 from .shards import DTYPE_NAMES, DTYPES, Checkpoint, Shard, Stored, read_config, read_shard
@@ -156,22 +158,49 @@ class DistributedCheckpoint:
 
     def target(self) -> Target:
         """The part as a target to bind to: whole meta tensors."""
-        tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self.tensors.items()}
-        checkpoint = Checkpoint(self.path, (), None, self.config)
-        return Target(tensors, {}, checkpoint.transposed)
+        tensors = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="meta")
+            for name, t in self.tensors.items()
+            if name not in self._tied
+        }
+        return Target(tensors, self._tied, Checkpoint(self.path, (), None, self.config).transposed)
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Names of tied vocabulary weights -> the name that they are known by.
+
+        A state dict holds a tied weight under each of its names, and so does the checkpoint: names that may be tied,
+        and that hold the same numbers in the same boxes, are.
+        """
+        found = {}
+        for name in filter(lambda n: VOCABULARY_LAYERS.match(n.removesuffix(".weight")), self.tensors):
+            source = tied_names(self.tensors.keys() - {name}).get(name)
+            if source is not None and self._is_same(self.tensors[source], self.tensors[name]):
+                found[name] = source
+        return found
+
+    def _is_same(self, a: Whole, b: Whole) -> bool:
+        boxes = [{(c.start, c.shape): c for c in tensor.chunks} for tensor in (a, b)]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and boxes[0].keys() == boxes[1].keys() and all(
+            torch.equal(self._read(a, chunk).view(torch.uint8), self._read(b, boxes[1][box]).view(torch.uint8))
+            for box, chunk in boxes[0].items()
+        )  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, read from disk."""
         tensor = self.tensors[name]
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for chunk in tensor.chunks:
-            place = _locate(self.path, tensor, chunk)
-            data = bytearray(place.stop - place.start)
-            with _opened(self.path / chunk.file) as file:
-                read_exactly(file.fileno(), memoryview(data), place.start)
             box = tuple(slice(first, first + size) for first, size in zip(chunk.start, chunk.shape, strict=True))
-            whole[box] = torch.frombuffer(data, dtype=tensor.dtype).view(chunk.shape)
+            whole[box] = self._read(tensor, chunk)
         return whole
+
+    def _read(self, tensor: Whole, chunk: Chunk) -> Tensor:
+        place = _locate(self.path, tensor, chunk)
+        data = bytearray(place.stop - place.start)
+        with _opened(self.path / chunk.file) as file, named_errors(self.path / chunk.file):
+            read_exactly(file.fileno(), memoryview(data), place.start)
+        return torch.frombuffer(data, dtype=tensor.dtype).view(chunk.shape)
 
     def localise(self, plan: Plan) -> tuple[Checkpoint, Plan]:
         """The files as shards in which each chunk that changes is a tensor, and the plan for these tensors.
@@ -180,27 +209,23 @@ class DistributedCheckpoint:
             CheckpointError: a chunk that changes is compressed, not stored row by row, or broken.
             PlanError: DoRA needs the norms of vectors that are cut between chunks.
         """
-        chunks = {name: self.tensors[name].chunks for name in plan.tensors}
+        stored_as = {name: [name, *(n for n, source in self._tied.items() if source == name)] for name in plan.tensors}
+        pieces: dict[str, list[Piece]] = {}
+        chunks: dict[str, tuple[Whole, Chunk]] = {}
+        for name, names in stored_as.items():
+            for tensor, chunk in ((self.tensors[n], chunk) for n in names for chunk in self.tensors[n].chunks):
+                own = tensor.chunk_name(chunk)
+                pieces.setdefault(name, []).append(Piece(own, (0,) * len(chunk.start), chunk.start, chunk.shape))
+                chunks[own] = tensor, chunk
         for update in plan.updates:
             self._check_box(update)
-        pieces = {
-            name: [
-                Piece(self.tensors[name].chunk_name(c), (0,) * len(c.start), c.start, c.shape) for c in chunks[name]
-            ]
-            for name in plan.tensors
-        }  # fmt: skip
         local = localise(plan, pieces)
-        changed = set(local.tensors)
         stored: dict[str, list[tuple[Stored, tuple[int, ...]]]] = {file: [] for file in self.files}
-        for name in plan.tensors:
-            tensor = self.tensors[name]
-            for chunk in chunks[name]:
-                if (own := tensor.chunk_name(chunk)) in changed:
-                    place = _locate(self.path, tensor, chunk)
-                    kind = DTYPE_NAMES[tensor.dtype]
-                    stored[chunk.file].append(
-                        (Stored(own, kind, chunk.shape, place.start, place.stop), place.checksums)
-                    )
+        for own in local.tensors:
+            tensor, chunk = chunks[own]
+            place = _locate(self.path, tensor, chunk)
+            moved = Stored(own, DTYPE_NAMES[tensor.dtype], chunk.shape, place.start, place.stop)
+            stored[chunk.file].append((moved, place.checksums))
         shards = tuple(_as_shard(self.path / file, size, stored[file]) for file, size in self.files.items())
         return Checkpoint(self.path, shards, None, self.config), local
 

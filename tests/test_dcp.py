@@ -198,6 +198,26 @@ def test_pieces_smaller_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_archives_sound(tmp_path / "out")
 
 
+def test_a_tied_weight_changes_under_all_of_its_names(tmp_path: Path) -> None:
+    """A state dict, and so the checkpoint, holds it once for each name; a model that is not tied has other numbers."""
+    named = whole_tensors() | {"lm_head.weight": torch.randn(VOCAB, IN).to(torch.bfloat16)}
+    tied = named | {"lm_head.weight": named["model.embed_tokens.weight"]}
+    patch = write_adapter(
+        tmp_path / "adapter",
+        {f"base_model.model.lm_head.lora_{m}.weight": torch.randn(s) for m, s in (("A", (4, IN)), ("B", (VOCAB, 4)))},
+        target_modules=["lm_head"],
+    )
+    for name, weights in (("parted", named), ("tied", tied)):
+        dcp.save({"model": weights}, checkpoint_id=tmp_path / name)
+        report = apply_checkpoint(tmp_path / name, patch, tmp_path / f"{name}-out")
+        assert any("is tied to lm_head.weight: patched once" in text for text in report.warnings) == (name == "tied")
+        expected = {key: tensor.clone() for key, tensor in weights.items()}
+        if name == "tied":
+            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        portllm.apply(expected, patch)
+        assert_same(load(tmp_path / f"{name}-out", {"model": weights}), {"model": expected})
+
+
 def test_dry_run_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = training_state(whole_tensors())
     dcp.save(state, checkpoint_id=tmp_path / "model")
