@@ -178,7 +178,8 @@ setup(
             "cpu",
             [],
             "-ffp-contract=off",  # which products are fused is part of the result's definition
-            "-Wno-maybe-uninitialized",  # false alarms from gcc 12's own intrinsics
+            "-Wno-uninitialized",  # false alarms from gcc 12's own intrinsics
+            "-Wno-maybe-uninitialized",
         ),
         # CUDA's runtime is linked in: torch has one of its own, of another version perhaps.
         library(CUDA, "cuda", ["cudart_static", "rt", "pthread", "dl"]),

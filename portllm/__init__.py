@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from . import layouts as layouts
     from .algebra import Combined as Combined
     from .algebra import cast as cast
     from .algebra import combine as combine
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     from .undo import applied as applied
     from .undo import swap as swap
 
-_HOMES = {
+# The module of each public name; None: the name is itself a module.
+_HOMES: dict[str, str | None] = {
     "Applied": "live",
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -74,6 +76,7 @@ _HOMES = {
     "combine": "algebra",
     "drift": "movement",
     "extract": "extraction",
+    "layouts": None,
     "lowrank_add_": "ops",
     "negate": "algebra",
     "plan": "live",
@@ -90,9 +93,11 @@ __all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return importlib.import_module(f".{name}", __name__)
     value = getattr(importlib.import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value

@@ -6,20 +6,23 @@ Nothing here imports torch.distributed; who has a DTensor has done so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PlanError, PortllmError
-from .planning import Plan
-from .sharding import Piece, localise
+from .planning import Plan, Region
+from .sharding import Piece, localise, matrix_box
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+    from .execute import Reduce
 
 
 _NOBODY = 1 << 30
@@ -41,20 +44,120 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def here(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
-    """A plan for whole tensors and these tensors -> the plan for what lies on this rank, and that.
+class Here(NamedTuple):
+    """What of a plan falls on this process.
+
+    Attributes:
+        plan: for what lies here.
+        tensors: that.
+        reduce: for ``execute.prepare``.
+    """
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    reduce: Reduce | None = None
+
+
+def here(plan: Plan, tensors: Mapping[str, Tensor]) -> Here:
+    """A plan for whole tensors, some of which may be DTensors, cut to what lies on this rank.
 
     Raises:
         PlanError: a DTensor that is a partial sum, or is laid out in a way that is not known; see ``localise``.
     """
+    reduce = None
     if any(map(is_dtensor, tensors.values())):
+        reduce = _reduction(plan, tensors)
         plan = localise(plan, {name: _pieces(name, tensors[name]) for name in plan.tensors if name in tensors})
-    return plan, local_tensors(tensors)
+    return Here(plan, local_tensors(tensors), reduce)
 
 
 def local_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of each tensor the part that lies here."""
     return {name: local(tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """The squares of one DoRA term: how many there are in the whole, and [start, stop) of those that are here.
+
+    Attributes:
+        over: the mesh and its dimensions over whose ranks parts of each square are spread; None: each is whole here.
+        offset: where they begin among all that go the same way.
+    """
+
+    start: int
+    stop: int
+    over: tuple[DeviceMesh, tuple[int, ...]] | None
+    offset: int = 0
+
+
+def _reduction(plan: Plan, tensors: Mapping[str, Tensor]) -> Reduce | None:
+    """For a plan for whole tensors: what adds up the squares of DoRA's vectors where these are cut.
+
+    Every rank must call what it returns. A number of 8 bytes for each vector is sent, and of a weight nothing.
+    """
+    here: list[list[_Vector]] = []  # of each DoRA update that falls on this rank, in the plan's order
+    lengths: dict[tuple[DeviceMesh, tuple[int, ...]], int] = {}
+    for update in plan.updates:
+        if not update.is_dora:
+            continue
+        tensor = tensors[update.name]
+        pieces = _pieces(update.name, tensor)
+        vectors = []
+        for axis in (term.magnitude_axis for term in update.terms if term.magnitude is not None):
+            over = _spread(tensor, update.region, axis)
+            start, stop = _on_axis(update.region, axis, pieces[0]) if pieces else (0, 0)
+            vectors.append(_Vector(start, stop, over, lengths.get(over, 0) if over else 0))
+            if over:
+                lengths[over] = lengths.get(over, 0) + update.region.shape[axis]
+        if localise(Plan((update,)), {update.name: pieces}).updates:
+            here.append(vectors)
+    if not lengths:
+        return None
+
+    def reduce(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        totals = {
+            over: torch.zeros(length, dtype=torch.float64, device=over[0].device_type)
+            for over, length in lengths.items()
+        }
+        pairs = [
+            (vector, part)
+            for vectors, parts in zip(here, squares, strict=True)
+            for vector, part in zip(vectors, parts, strict=True)
+        ]
+        for vector, part in pairs:
+            if vector.over is not None:
+                totals[vector.over][vector.offset :][vector.start : vector.stop] = part
+        for (mesh, mesh_dims), total in totals.items():
+            for mesh_dim in mesh_dims:
+                torch.distributed.all_reduce(total, group=mesh.get_group(mesh_dim))
+        return [
+            part if v.over is None else totals[v.over][v.offset :][v.start : v.stop].to(part.device)
+            for v, part in pairs
+        ]
+
+    return reduce
+
+
+def _spread(tensor: Tensor, region: Region, axis: int) -> tuple[DeviceMesh, tuple[int, ...]] | None:
+    """Over what the parts of vectors along the other axis are spread."""
+    if not is_dtensor(tensor):
+        return None
+    dtensor: Any = tensor
+    first = 0 if region.expert is None else 1
+    along = range(first + 1, tensor.dim()) if axis == 0 else (first,)
+    sharded = {m: p.dim for m, p in enumerate(dtensor.placements) if getattr(p, "dim", None) is not None}
+    sharded = {m: dim for m, dim in sharded.items() if dtensor.device_mesh.size(m) > 1}
+    return (dtensor.device_mesh, tuple(sharded)) if set(sharded.values()) & set(along) else None
+
+
+def _on_axis(region: Region, axis: int, piece: Piece) -> tuple[int, int]:
+    """[start, stop) of the region's rows (axis 0) or columns (axis 1) that the piece holds, from the region's first."""
+    inner = 0 if region.expert is None else 1
+    box = matrix_box(piece.start[inner:], piece.shape[inner:])[axis]
+    first, last = (region.rows, region.columns)[axis]
+    start, stop = max(box[0], first), min(box[1], last)
+    return (start - first, max(start, stop) - first)
 
 
 def _pieces(name: str, tensor: Tensor) -> list[Piece]:

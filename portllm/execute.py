@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dora, ops
 from .errors import PlanError
 from .planning import Assign, Plan, Term, Update
-from .reference import accumulation_dtype, ieee_matmul, row_blocks
+from .reference import accumulation_dtype, row_blocks
+
+# Takes, for each DoRA update of the plan and each of its terms that has a magnitude, the squares that
+# ``dora.lowrank_dora_squares`` sums over what is here of the vectors; returns all of those over whole vectors.
+Reduce = Callable[[Sequence[Sequence[Tensor]]], Sequence[Tensor]]
 
 
 def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> None:
@@ -22,7 +27,9 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     prepare(plan, tensors, backend=backend)()
 
 
-def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], None]:
+def prepare(
+    plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto", reduce: Reduce | None = None
+) -> Callable[[], None]:
     """Do all that can fail, and return the call that writes the plan into ``tensors``.
 
     Factors are brought to the weights' devices and the backend is chosen here; an interrupt that comes while
@@ -30,14 +37,20 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
 
     Args:
         tensors: must have every name in ``plan.tensors``.
+        reduce: where DoRA's vectors are cut: called once by the call that writes, after values are replaced and before
+            anything is added, even if there is no DoRA update here. What it is given lies on the updates' tensors'
+            devices, and so does what it returns. None: vectors are whole here.
 
     Returns:
         The call, which may be made more than once. It finds a weight that has got other memory since, or, where
         DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
+        PlanError: DoRA's vectors are cut, and there is no ``reduce``.
         BackendError, ValueError, torch.OutOfMemoryError: nothing has been written then.
     """
+    if reduce is None:
+        plan.check_vectors()
     to_device = Mover()
     # Those that must stay as they are. A whole matrix need not, the op looks at it anew; a view of a tensor would go on
     # writing to its old memory.
@@ -46,7 +59,8 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     weights: list[Tensor] = []
     added: list[Term] = []
     n_terms: list[int] = []
-    dora: list[tuple[Tensor, tuple[Term, ...]]] = []
+    dora_weights: list[Tensor] = []
+    dora_updates: list[Update] = []
     for update in plan.updates:
         matrix = tensor = tensors[update.name]
         if not update.region.is_whole(tensor):
@@ -55,13 +69,16 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             fixed[update.name] = tensor
         terms = [_on_device(term, tensor.device, to_device) for term in update.terms]
         if update.is_dora:
-            dora.append((matrix, tuple(terms)))
+            dora_weights.append(matrix)
+            dora_updates.append(replace(update, terms=tuple(terms)))
         else:
             weights.append(matrix)
             added += terms
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
     add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    ops.backends_for(dora_weights, backend)
+    dora.check(dora_weights, *_arguments(dora_updates))
     places = {name: _place(tensor) for name, tensor in fixed.items()}
     inference = any(tensors[name].is_inference() for name in plan.tensors)
 
@@ -72,9 +89,9 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
         with torch.inference_mode() if inference else torch.no_grad(), hold_interrupts():
             for assign, tensor, value in assigns:
                 assign_(assign, tensor, value)
+            if dora_weights or reduce is not None:
+                dora_(dora_weights, dora_updates, backend=backend, reduce=reduce)
             add()
-            for matrix, terms in dora:
-                dora_(matrix, terms)
 
     return write
 
@@ -99,49 +116,37 @@ def _lerp(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return torch.lerp(old.to(dtype), new.to(dtype), strength)
 
 
-def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
-    """DoRA in place (arXiv 2402.09353, eq. 5): ``W <- W + sum_t strength_t (m_t (W + D_t) / ||W + D_t|| - W)``.
+def dora_(
+    weights: Sequence[Tensor], updates: Sequence[Update], *, backend: str = "auto", reduce: Reduce | None = None
+) -> None:
+    """DoRA in place (``dora.lowrank_dora_``).
 
     Args:
-        weight: [m, n].
-        terms: DoRA terms, each with the norm over its own axis; plain terms among them add ``D_t``. Every term
-            sees the weight as it was before the call, so that several adapters do not depend on their order.
+        weights: [m, n] each.
+        updates: of each weight; its factors and magnitudes lie on the weight's device. Every term sees the weight as
+            it was before the call, so that several adapters do not depend on their order.
+        reduce: see ``prepare``.
     """
-    dtype = accumulation_dtype(weight)
-    with ieee_matmul():
-        norms = [_column_norms(weight, term, dtype) if term.magnitude_axis == 1 else None for term in terms]
-        alone = len(terms) == 1 and terms[0].strength == 1.0
-        for rows in row_blocks(*weight.shape):
-            total = base = weight[rows].to(dtype)
-            for term, column_norm in zip(terms, norms, strict=True):
-                tuned = base + _delta(term, rows, dtype)
-                if term.magnitude is not None:
-                    magnitude = term.magnitude.to(dtype)
-                    if column_norm is None:
-                        norm = torch.linalg.vector_norm(tuned, dim=1, keepdim=True)
-                        tuned *= _ratio(magnitude[rows].unsqueeze(1), norm)
-                    else:
-                        tuned *= _ratio(magnitude, column_norm)
-                total = tuned if alone else total + (tuned - base) * term.strength
-            weight[rows] = total.to(weight.dtype)
+    lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths = _arguments(updates)
+    squares: list[Tensor] = []
+    if reduce is not None:
+        here = iter(dora.lowrank_dora_squares(weights, lora_A, lora_B, scalings, n_terms, axes, backend))
+        squares += reduce([[next(here) for t in update.terms if t.magnitude is not None] for update in updates])
+    dora.lowrank_dora_(weights, lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths, squares, backend)
 
 
-def _delta(term: Term, rows: slice, dtype: torch.dtype) -> Tensor:
-    return (term.lora_B[rows].to(dtype) @ term.lora_A.to(dtype)) * term.scaling
-
-
-def _column_norms(weight: Tensor, term: Term, dtype: torch.dtype) -> Tensor | None:
-    if term.magnitude is None:
-        return None
-    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in row_blocks(*weight.shape):
-        total += (weight[rows].to(dtype) + _delta(term, rows, dtype)).double().square().sum(0)
-    return total.sqrt().to(dtype)
-
-
-def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm; a vector of zeros has no direction and stays zero."""
-    return torch.where(norm > 0, magnitude / norm, 0.0)
+def _arguments(updates: Sequence[Update]) -> tuple[Any, ...]:
+    """(lora_A, lora_B, scalings, n_terms, magnitudes, axes, strengths) of ``dora.lowrank_dora_``."""
+    terms = [term for update in updates for term in update.terms]
+    return (
+        [term.lora_A for term in terms],
+        [term.lora_B for term in terms],
+        [term.scaling for term in terms],
+        [len(update.terms) for update in updates],
+        [term.magnitude for term in terms if term.magnitude is not None],
+        [-1 if term.magnitude is None else term.magnitude_axis for term in terms],
+        [term.strength for term in terms],
+    )
 
 
 def _on_device(term: Term, device: torch.device, to_device: Callable[[Tensor, torch.device], Tensor]) -> Term:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import dtensor
 from .bind import ExpertLayout, Options, Target, Tied, bind
-from .dtensor import together
+from .dtensor import Here, together
 from .errors import PlanError
 from .execute import hold_interrupts, prepare
 from .patch import Patch
@@ -22,6 +22,7 @@ from .planning import Plan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .layouts import Layout
     from .undo import Exact
 
 Source = Patch | str | os.PathLike[str]
@@ -73,6 +74,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Exact: ...
 
@@ -88,6 +90,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied: ...
 
@@ -102,6 +105,7 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
     backend: str = "auto",
 ) -> Applied:
     """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
@@ -121,6 +125,8 @@ def apply(
         tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
             of its names a tensor of its own first.
         expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
+        layout: the target is one rank's part of a model, as a serving engine fuses and shards it: see
+            ``portllm.layouts``.
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -136,33 +142,32 @@ def apply(
     live = live_target(target)
     on = dtensor.meshes(live.tensors.values())
     with together(on):
-        made, tensors = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict)
-        _check_live(made, tensors)
+        made = _bound(live, as_patches(patch, scale), Options(tied, expert_layout), strict, layout)
+        _check_live(made)
         if undo != "subtract":
-            handle = _exact(target, made, tensors, undo, backend, on)
+            handle = _exact(target, made, undo, backend, on)
         else:
-            if made.untie and not isinstance(target, nn.Module | MutableMapping):
+            untie = made.plan.untie
+            if untie and not isinstance(target, nn.Module | MutableMapping):
                 raise PlanError("tied='untie' needs a mapping that can be changed")
-            clones = {alias: tensors[stored].detach().clone() for alias, stored in made.untie.items()}
-            write = prepare(made, {**tensors, **clones}, backend=backend)
+            clones = {alias: made.tensors[stored].detach().clone() for alias, stored in untie.items()}
+            write = prepare(made.plan, {**made.tensors, **clones}, backend=backend, reduce=made.reduce)
     if undo == "exact":
         handle.put_on(verify=verify)
     if undo != "subtract":
         return handle
     with hold_interrupts():
-        _untie(target, made.untie, clones)
+        _untie(target, untie, clones)
         write()
-    return Applied(target, made, backend)
+    return Applied(target, made.plan, backend)
 
 
-def _exact(
-    target: Live, made: Plan, tensors: Mapping[str, Tensor], undo: Undo, backend: str, on: Sequence[DeviceMesh]
-) -> Exact:
+def _exact(target: Live, made: Here, undo: Undo, backend: str, on: Sequence[DeviceMesh]) -> Exact:
     from .undo import Exact
 
     if undo not in ("exact", "later"):
         raise PlanError(f"undo={undo!r} must be 'subtract', 'exact' or 'later'")
-    return Exact(target, made, tensors, backend, on)
+    return Exact(target, made.plan, made.tensors, backend, on)
 
 
 def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> None:
@@ -171,15 +176,14 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     Args and errors as ``apply``; a patch that replaces values or has DoRA terms raises PlanError.
     """
     backend = options.pop("backend", "auto")
-    strict = options.pop("strict", True)
+    strict, layout = options.pop("strict", True), options.pop("layout", None)
     live = live_target(target)
     with together(dtensor.meshes(live.tensors.values())):
-        made, tensors = _bound(live, as_patches(patch, scale), Options(**options), strict)
-        if made.untie:
-            raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
-        negated = made.negated()
-        _check_live(negated, tensors)
-        write = prepare(negated, tensors, backend=backend)
+        made = _bound(live, as_patches(patch, scale), Options(**options), strict, layout)
+        if untie := made.plan.untie:
+            raise PlanError(f"{min(untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
+        _check_live(made)
+        write = prepare(made.plan.negated(), made.tensors, backend=backend)
     write()
 
 
@@ -191,17 +195,20 @@ def plan(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
     """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict)[0]
+    return _bound(live_target(target), as_patches(patch, scale), Options(tied, expert_layout), strict, layout).plan
 
 
 def _bound(
-    live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool
-) -> tuple[Plan, Mapping[str, Tensor]]:
-    """The plan for the tensors that lie in this process, and these: of sharded ones the part that is here."""
-    made = bind(live, patches, options)
-    made.check_complete(strict=strict)
+    live: Target, patches: list[tuple[Patch, float]], options: Options, strict: bool, layout: Layout | None
+) -> Here:
+    if layout is not None:
+        made = layout.bind(live, patches, options, strict=strict)
+    else:
+        made = bind(live, patches, options)
+        made.check_complete(strict=strict)
     return dtensor.here(made, live.tensors)
 
 
@@ -269,10 +276,10 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
     return kinds.get
 
 
-def _check_live(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+def _check_live(made: Here) -> None:
     """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
-    for name in plan.tensors:
-        tensor = tensors[plan.untie.get(name, name)]
+    for name in made.plan.tensors:
+        tensor = made.tensors[made.plan.untie.get(name, name)]
         if tensor.is_meta:
             raise PlanError(
                 f"{name} is a meta tensor without data (offloaded, or never loaded); load it onto a device, "

@@ -113,6 +113,7 @@ class Update:
         sources: the patch's modules, for messages.
         noise: what the sum is rounded stochastically with; None: to nearest, ties to even.
         keep_zeros: elements that are 0 stay 0 (2:4 sparsity).
+        cut_vectors: DoRA: the vectors that the norms are of are not whole here, other processes have the rest.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Update:
     sources: tuple[str, ...]
     noise: Noise | None = None
     keep_zeros: bool = False
+    cut_vectors: bool = False
 
     @property
     def is_dora(self) -> bool:
@@ -232,6 +234,15 @@ class Plan:
             raise PlanError(
                 f"the patch has no factors for {len(self.unmatched_target)} modules that its target_modules cover: "
                 f"{some(self.unmatched_target)}; strict=False (--no-strict) leaves them as they are"
+            )
+
+    def check_vectors(self) -> None:
+        """Raise PlanError if DoRA's norms would be those of a part of each vector."""
+        cut = tuple(update.name for update in self.updates if update.cut_vectors)
+        if cut:
+            raise PlanError(
+                f"{some(cut)}: DoRA needs the norms of whole vectors, which are cut here; apply the patch to the whole "
+                "model or its checkpoint, or, to a model of DTensors, without undo='exact' (PatchBank, applied)"
             )
 
     def negated(self) -> Plan:

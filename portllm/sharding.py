@@ -63,13 +63,15 @@ def _cut_update(update: Update, piece: Piece) -> Update | None:
         expert, start, shape, at = at[0] + entry, start[1:], shape[1:], at[1:]
     elif len(at) > len(start):
         expert, at = at[0], at[1:]
-    whole, here = _matrix(start, shape), _matrix(at, shape)
+    whole, here = matrix_box(start, shape), matrix_box(at, shape)
     rows, columns = _common(region.rows, whole[0]), _common(region.columns, whole[1])
     if rows is None or columns is None:
         return None
     cut = update.cut(slice(*_moved(rows, -region.rows[0])), slice(*_moved(columns, -region.columns[0])))
     place = Region(expert, _moved(rows, here[0][0] - whole[0][0]), _moved(columns, here[1][0] - whole[1][0]))
-    return replace(cut, name=piece.local, region=place)
+    vectors = {t.magnitude_axis for t in update.terms if t.magnitude is not None}
+    is_cut = any(place.shape[1 - axis] < region.shape[1 - axis] for axis in vectors)
+    return replace(cut, name=piece.local, region=place, cut_vectors=is_cut)
 
 
 def _cut_assign(assign: Assign, piece: Piece) -> Assign | None:
@@ -100,7 +102,7 @@ def _cut_assign(assign: Assign, piece: Piece) -> Assign | None:
     return replace(assign, name=piece.local, value=value, rows=_moved(rows, shift))
 
 
-def _matrix(first: Sequence[int], shape: Sequence[int]) -> tuple[Range, Range]:
+def matrix_box(first: Sequence[int], shape: Sequence[int]) -> tuple[Range, Range]:
     """(rows, columns) of a box of a tensor that counts as a matrix, see ``planning.Region``."""
     width = math.prod(shape[2:])
     columns = (first[1] * width, (first[1] + shape[1]) * width) if len(shape) > 1 else (0, 1)

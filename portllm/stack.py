@@ -227,8 +227,9 @@ def _rewrite(tensor: Held, layers: Layers, copy: Tensor, backend: str) -> None:
             assign_(assign, tensor.tensor, assign.value)
     for region, terms in _terms(layers).items():
         view = region.view(tensor.tensor)
-        if any(term.magnitude is not None for term in terms):
-            dora_(view, terms)
+        update = Update(tensor.name, region, terms, ())
+        if update.is_dora:
+            dora_([view], [update], backend=backend)
         else:
             lora_A, lora_B = [term.lora_A for term in terms], [term.lora_B for term in terms]
             ops.lowrank_add_([view], lora_A, lora_B, [term.scaling for term in terms], [len(terms)], backend)

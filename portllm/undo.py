@@ -170,6 +170,7 @@ def _layers(plan: Plan, tensors: Mapping[str, Tensor]) -> list[tuple[Held, Layer
     """The plan by tensor, with its factors on the tensor's device."""
     if plan.untie:
         raise PlanError(f"untying {min(plan.untie)} cannot be undone; leave tied='untie' out, or undo='exact'")
+    plan.check_vectors()
     assigns: dict[str, list[Assign]] = defaultdict(list)
     updates: dict[str, list[Update]] = defaultdict(list)
     for assign in plan.assigns:

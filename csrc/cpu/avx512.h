@@ -70,6 +70,50 @@ struct Avx512Single {
     store(w + kWidth, no_nan_payload(_mm512_add_ps(load(w + kWidth), second)));
   }
 
+  // See dora_kernel.h.
+  static Vec widen(const bf16* w) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Vec widen(const fp16* w) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+  }
+  static Vec widen(const float* w) { return load(w); }
+
+  static void narrow(bf16* w, Vec first, Vec second) {
+    if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q)) [[unlikely]] {
+      first = no_nan_payload(first);
+      second = no_nan_payload(second);
+    }
+    auto* const out = reinterpret_cast<__m256i*>(w);
+    _mm256_storeu_si256(out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(first), 16)));
+    _mm256_storeu_si256(out + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(second), 16)));
+  }
+  static void narrow(fp16* w, Vec first, Vec second) {
+    constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    auto* const out = reinterpret_cast<__m256i*>(w);
+    _mm256_storeu_si256(out, _mm512_cvtps_ph(no_nan_payload(first), kRound));
+    _mm256_storeu_si256(out + 1, _mm512_cvtps_ph(no_nan_payload(second), kRound));
+  }
+  static void narrow(float* w, Vec first, Vec second) {
+    store(w, no_nan_payload(first));
+    store(w + kWidth, no_nan_payload(second));
+  }
+
+  // The squares are exact, so that fusing them with the sum changes no bit.
+  static void squares(double* lanes, const Vec (&tuned)[kVectors]) {
+    __m512d low = _mm512_loadu_pd(lanes), high = _mm512_loadu_pd(lanes + 8);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(tuned[v]));
+      const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(tuned[v], 1));
+      low = _mm512_fmadd_pd(a, a, low);
+      high = _mm512_fmadd_pd(b, b, high);
+    }
+    _mm512_storeu_pd(lanes, low);
+    _mm512_storeu_pd(lanes + 8, high);
+  }
+
   // What guess() in undo.h gives, for 32 words.
   static __m512i guess(const bf16*, __m512i after, Vec even, Vec odd) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));

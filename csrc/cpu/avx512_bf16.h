@@ -83,6 +83,17 @@ struct Avx512Bf16Single : Avx512Single {
     return follow - start;
   }
 
+  using Avx512Single::narrow;
+  static void narrow(bf16* w, Vec first, Vec second) {
+    const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    // As in update().
+    const __mmask32 zero = _mm512_testn_epi16_mask(packed, _mm512_set1_epi16(0x7fff));
+    if (zero | _mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q)) [[unlikely]] {
+      return Avx512Single::narrow(w, first, second);
+    }
+    _mm512_storeu_si512(w, packed);
+  }
+
   static void update(bf16* w, Vec even, Vec odd) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const __m512i both = _mm512_loadu_si512(w);

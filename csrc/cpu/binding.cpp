@@ -1,4 +1,4 @@
-// The CPU implementations of the ops of updates, whose schemas portllm/ops.py defines:
+// The CPU implementations of the ops of updates, whose schemas portllm/ops.py and portllm/dora.py define:
 //   lowrank_add_cpu_(
 //       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
 //   lowrank_add_cpu_prepare(the same) -> int, and with what it returns
@@ -6,6 +6,9 @@
 //   lowrank_exchange_cpu_(
 //       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_old, int[] n_new,
 //       Tensor lengths, Tensor data) -> (Tensor lengths, Tensor data, Tensor ends)
+//   lowrank_dora_cpu_(the first five, Tensor[] magnitudes, int[] axes, float[] strengths, Tensor[] squares) -> ()
+//   lowrank_dora_squares_cpu_(the first five, int[] axes, Tensor(b!)[] squares) -> ()
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -16,6 +19,7 @@
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "cpu/dora.h"
 #include "cpu/lowrank_add.h"
 
 namespace {
@@ -43,7 +47,7 @@ struct Problem {
 };
 
 // Refuses all that `_check` in portllm/ops.py does, which then says why.
-Problem read(const Arguments& given) {
+Problem read(const Arguments& given, bool written = true) {
   const auto count = static_cast<int64_t>(given.tensors.size());
   const auto total = static_cast<int64_t>(given.lora_A.size());
   STD_TORCH_CHECK(given.n_terms.size() == given.tensors.size() &&
@@ -56,7 +60,7 @@ Problem read(const Arguments& given) {
   // One after the other: to end the sharing of a lazy copy is not allowed to several threads.
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = given.n_terms[i];
-    const auto w = read(given.tensors.get<AtenTensorHandle>(i), true);
+    const auto w = read(given.tensors.get<AtenTensorHandle>(i), written);
     STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
                     "] must be a 2-D tensor of floats on the CPU, with one term or more");
     weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
@@ -217,6 +221,141 @@ void lowrank_exchange_cpu_(StableIValue* stack, uint64_t, uint64_t) {
   exchange.give(data, stack);
 }
 
+// A vector as a matrix of one row.
+std::optional<portllm::Matrix> read_vector(AtenTensorHandle tensor, int64_t size, bool written = false) {
+  int64_t dim = 0;
+  int32_t device = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  const auto dtype = dtype_of(tensor);
+  if (dim != 1 || device != aoti_torch_device_type_cpu() || !dtype) return std::nullopt;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  if (sizes[0] != size) return std::nullopt;
+  const void* data = nullptr;
+  void* own = nullptr;
+  if (written) {
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &own));
+  } else {
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
+    own = const_cast<void*>(data);
+  }
+  return portllm::Matrix{own, *dtype, 0, strides[0]};
+}
+
+double* read_squares(AtenTensorHandle tensor, int64_t size, bool written) {
+  const auto x = read_vector(tensor, size, written);
+  STD_TORCH_CHECK(x && x->dtype == portllm::DType::fp64 && (size < 2 || x->col_stride == 1),
+                  "lowrank_dora_: squares must be contiguous vectors of fp64 on the CPU that fit their weight");
+  return static_cast<double*>(x->data);
+}
+
+// The weights of a call, with the terms that have a norm first; norms have only an axis yet.
+std::vector<portllm::DoraWeight> with_norms(Problem& problem, const std::vector<int64_t>& axes) {
+  STD_TORCH_CHECK(axes.size() == problem.terms.size(), "lowrank_dora_: there must be an axis for each term");
+  std::vector<portllm::DoraWeight> weights;
+  const int64_t* axis = axes.data();
+  for (const portllm::Weight& weight : problem.weights) {
+    portllm::DoraWeight& dora = weights.emplace_back(portllm::DoraWeight{weight});
+    std::vector<portllm::Term> first, rest;
+    for (const portllm::Term& term : weight.terms) {
+      STD_TORCH_CHECK(*axis >= -1 && *axis <= 1, "lowrank_dora_: an axis must be 0, 1 or -1");
+      (*axis < 0 ? rest : first).push_back(term);
+      if (*axis >= 0) dora.norms.push_back({{}, 1, static_cast<int>(*axis), nullptr});
+      ++axis;
+    }
+    std::copy(first.begin(), first.end(), weight.terms.begin());
+    std::copy(rest.begin(), rest.end(), weight.terms.begin() + first.size());
+  }
+  return weights;
+}
+
+void run(std::vector<portllm::DoraWeight>& weights, portllm::DoraWeight::Pass pass, bool all) {
+  std::vector<portllm::DoraWeight*> chosen;
+  for (portllm::DoraWeight& dora : weights) {
+    if (!all && dora.pass != pass) continue;
+    dora.pass = pass;
+    chosen.push_back(&dora);
+  }
+  portllm::DoraJob job(std::move(chosen), threads());
+  torch::stable::parallel_for(0, job.threads(), 1, [&](int64_t, int64_t) { job.work(); });
+  job.finish();
+}
+
+int64_t length(const portllm::DoraWeight& dora, const portllm::Norm& norm) {
+  return norm.axis == 0 ? dora.weight.rows : dora.weight.cols;
+}
+
+void lowrank_dora_squares_cpu_(StableIValue* stack, uint64_t, uint64_t) {
+  const Arguments given(stack);
+  const std::vector<int64_t> axes = integers(stack[5]);
+  const Tensors squares(stack[6]);
+  Problem problem = read(given, false);
+  std::vector<portllm::DoraWeight> weights = with_norms(problem, axes);
+  size_t next = 0;
+  for (portllm::DoraWeight& dora : weights) {
+    for (portllm::Norm& norm : dora.norms) {
+      STD_TORCH_CHECK(next < squares.size(), "lowrank_dora_: there must be a vector for each term with a norm");
+      norm.squares = read_squares(squares.get<AtenTensorHandle>(next++), length(dora, norm), true);
+      std::fill_n(norm.squares, length(dora, norm), 0.0);  // of a weight without elements, that is all
+    }
+    dora.weight.terms = dora.weight.terms.first(dora.norms.size());
+    dora.prepare(isa());
+  }
+  run(weights, portllm::DoraWeight::Pass::squares, true);
+}
+
+void lowrank_dora_cpu_(StableIValue* stack, uint64_t, uint64_t) {
+  using Pass = portllm::DoraWeight::Pass;
+  Arguments given(stack);
+  const Tensors magnitudes(stack[5]), squares(stack[8]);
+  const std::vector<int64_t> axes = integers(stack[6]);
+  const List strengths(stack[7]);
+  Problem problem = read(given);
+  const size_t total = problem.terms.size();
+  STD_TORCH_CHECK(axes.size() == total && strengths.size() == total,
+                  "lowrank_dora_: there must be an axis and a strength for each term");
+  for (size_t t = 0; t < total; ++t) {
+    if (axes[t] < 0) problem.terms[t].scaling *= strengths.get<double>(t);
+  }
+  std::vector<portllm::DoraWeight> weights = with_norms(problem, axes);
+  std::vector<std::vector<double>> own;
+  size_t next = 0, t = 0;
+  for (portllm::DoraWeight& dora : weights) {
+    double taken = 0;
+    size_t norm = 0;
+    for (size_t end = t + dora.weight.terms.size(); t < end; ++t) {
+      if (axes[t] < 0) continue;
+      portllm::Norm& mine = dora.norms[norm++];
+      const int64_t size = length(dora, mine);
+      STD_TORCH_CHECK(next < magnitudes.size() && (squares.size() == 0 || next < squares.size()),
+                      "lowrank_dora_: there must be a magnitude, and squares or none, for each term with a norm");
+      const auto magnitude = read_vector(magnitudes.get<AtenTensorHandle>(next), size);
+      STD_TORCH_CHECK(magnitude, "lowrank_dora_: magnitudes must be floats on the CPU that fit their weight");
+      mine.magnitude = *magnitude;
+      mine.strength = strengths.get<double>(t);
+      taken += mine.strength;
+      if (squares.size() > 0) mine.squares = read_squares(squares.get<AtenTensorHandle>(next), size, false);
+      ++next;
+    }
+    dora.keep = 1 - taken;
+    dora.prepare(isa());
+    if (squares.size() > 0) {
+      dora.pass = Pass::write;
+    } else if (dora.has(1)) {  // of the weight as it lies
+      dora.pass = Pass::squares;
+      for (portllm::Norm& mine : dora.norms) mine.squares = own.emplace_back(length(dora, mine)).data();
+    }
+  }
+  run(weights, Pass::both, false);
+  run(weights, Pass::squares, false);
+  for (portllm::DoraWeight& dora : weights) {
+    if (dora.pass == Pass::squares) dora.pass = Pass::write;
+  }
+  run(weights, Pass::write, false);
+}
+
 // Prepared calls by number, so that no number leads to memory that is not one. A run shares its call
 // with this map: another thread may release it meanwhile.
 class Calls {
@@ -271,6 +410,8 @@ STABLE_TORCH_LIBRARY_IMPL(portllm, CPU, m) {
   m.impl("lowrank_add_cpu_", lowrank_add_cpu_);
   m.impl("lowrank_add_cpu_prepare", prepare);
   m.impl("lowrank_exchange_cpu_", lowrank_exchange_cpu_);
+  m.impl("lowrank_dora_cpu_", lowrank_dora_cpu_);
+  m.impl("lowrank_dora_squares_cpu_", lowrank_dora_squares_cpu_);
 }
 
 // Without a tensor among the arguments there is no device to go by.

@@ -1,6 +1,7 @@
 // The variants of the kernel; each is null where the compiler's target or the CPU lacks it.
 #pragma once
 
+#include "cpu/dora.h"
 #include "cpu/lowrank_add.h"
 
 namespace portllm {

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/dora.h"
 #include "cpu/half.h"
 #include "cpu/lowrank_add.h"
 #include "cpu/skinny_kernel.h"
@@ -585,8 +586,8 @@ bool exchange_block(const Weight& weight, int64_t row, int64_t row_end, int64_t 
 }
 
 template <class S>
-void pack(const Weight& weight, int64_t col, int64_t cols, typename S::Real* out) {
-  const bool even_odd = weight.w.dtype == DType::bf16;
+void pack_in_order(const Weight& weight, int64_t col, int64_t cols, bool even_odd,
+                   typename S::Real* out) {
   for (const Term& term : weight.terms) {
     with_type(term.a.dtype, [&](auto e) {
       using E = decltype(e);
@@ -597,6 +598,11 @@ void pack(const Weight& weight, int64_t col, int64_t cols, typename S::Real* out
     });
     out += a_size<S>(term, cols);
   }
+}
+
+template <class S>
+void pack(const Weight& weight, int64_t col, int64_t cols, typename S::Real* out) {
+  pack_in_order<S>(weight, col, cols, weight.w.dtype == DType::bf16, out);
 }
 
 template <class S>
@@ -634,9 +640,17 @@ bool exact_update(const Weight& weight, int64_t row, int64_t row_end, int64_t co
   return fits;
 }
 
+}  // namespace
+}  // namespace portllm
+
+#include "cpu/dora_kernel.h"
+
+namespace portllm {
+namespace {
+
 template <class S>
 constexpr Kernel exact_kernel() {
-  return {S::kRows, kCols<S>, 320 << 10, exact_scratch<S>, exact_pack<S>, exact_update<S>};
+  return {S::kRows, kCols<S>, 320 << 10, exact_scratch<S>, exact_pack<S>, exact_update<S>, dora_kernel<S>()};
 }
 
 // S takes the weights up to fp32, D those in fp64.

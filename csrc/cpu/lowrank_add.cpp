@@ -114,6 +114,13 @@ const Isa* chosen_isa() {
   return isa;
 }
 
+const Kernel* choose_exact_kernel(const Isa& isa, const Weight& weight, std::span<Term> terms) {
+  Isa exact = isa;
+  exact.matrix_rank = 0;  // no matrix unit
+  choose_kernel(exact, weight, terms);
+  return weight.w.dtype == DType::fp64 ? &isa.fp64 : &isa.single;
+}
+
 void Bytes::grow(size_t least) {
   capacity_ = std::max(least, 2 * capacity_);
   auto larger = std::make_unique_for_overwrite<uint8_t[]>(capacity_);

@@ -89,6 +89,17 @@ struct Weight {
 // Only fp64 factors of narrower weights are rounded, to float, before. On the matrix unit the sum is
 // as good as one in fp32, in an order that the ranks and the factors' formats set (isa_amx.cpp).
 //
+struct DoraWeight;
+
+// The same arithmetic up to W + D, and what dora.h makes of it; see there.
+struct DoraKernel {
+  int64_t (*scratch)(const DoraWeight&);  // bytes
+  // Packs every A, and what the norms of columns come to, into scratch.
+  void (*pack)(const DoraWeight&, void* scratch);
+  // Does one strip of so many rows, which is a multiple of tile_rows.
+  void (*pass)(DoraWeight&, int64_t strip, int64_t strip_rows, void* scratch);
+};
+
 // A kernel is one way to do it.
 struct Kernel {
   int tile_rows;
@@ -103,6 +114,7 @@ struct Kernel {
   // row by row. False if the old record does not fit.
   bool (*update)(const Weight&, int64_t row, int64_t row_end, int64_t col, int64_t cols,
                  void* scratch, Recorded& recorded);
+  DoraKernel dora{};  // of exact kernels only
 };
 
 struct Isa {
@@ -118,6 +130,9 @@ struct Isa {
 // The fastest variant that the CPU has, or the one that PORTLLM_CPU_ISA names; null if that one
 // is unknown or the CPU lacks it.
 const Isa* chosen_isa();
+
+// The kernel that gives the bits above, for some of a weight's terms; sets Term::pairs.
+const Kernel* choose_exact_kernel(const Isa& isa, const Weight& weight, std::span<Term> terms);
 
 // One job over all weights, cut into blocks that any number of threads take one after the other.
 class Job {
