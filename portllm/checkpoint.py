@@ -1,4 +1,7 @@
-"""Checkpoints on disk: stream the shards through the plan, into a copy that is whole or absent."""
+"""Checkpoints on disk: stream the shards through the plan, into a copy that is whole or absent.
+
+Several processes may share the work (``portllm.ranks``): each writes some of the shards into the same copy.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .bind import ExpertLayout, Options, Tied, bind
+from .dcp import DCP_METADATA, DistributedCheckpoint, is_dcp, quoted
 from .errors import CheckpointError, PlanError
 from .execute import execute
 from .files import (
@@ -31,16 +36,19 @@ from .files import (
     whole_or_absent,
     write_at,
 )
+from .hub import resolve
 from .inplace import InPlaceReport, apply_in_place
 from .live import Patches, as_patches
 from .noise import bits, rounded
+from .patch import Patch
 from .pieces import TensorPlan, tensor_plans
 from .planning import Plan, Update
 from .progress import Progress
 from .quantised import QuantisedPlan, Unit, grouped, survival
+from .ranks import Ranks
 from .reference import FLOAT_DTYPES
 from .rounding import Kind, ReadRows, Rounding, lost, survivals
-from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
+from .shards import DTYPE_NAMES, MODEL_FILES, Checkpoint, Shard, Stored
 from .sparsity import with_losses
 from .stream import stream
 
@@ -50,7 +58,7 @@ _IN_FLIGHT = 3
 # Weights in other formats, and what belongs to training: stale beside the patched weights, so left behind.
 _NOT_COPIED = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-    ".gguf", ".onnx", ".onnx_data", ".tflite",
+    ".gguf", ".onnx", ".onnx_data", ".tflite", ".distcp",
 )  # fmt: skip
 
 
@@ -90,18 +98,68 @@ def plan_checkpoint(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     resize: bool = False,
-) -> tuple[Checkpoint, Plan]:
+    part: str | None = None,
+) -> tuple[Checkpoint | DistributedCheckpoint, Plan]:
     """Open a checkpoint and bind the patch to it, reading headers only. Args and errors as ``apply_checkpoint``."""
     patches = as_patches(patch, scale)
-    checkpoint = Checkpoint.find(model)
-    made = bind(checkpoint.target(), patches, Options(tied, expert_layout, resize))
+    options = Options(tied, expert_layout, resize)
+    path = resolve(model, what="model", allow=MODEL_FILES)
+    checkpoint: Checkpoint | DistributedCheckpoint
+    if is_dcp(path):
+        checkpoint, made = _bind_dcp(DistributedCheckpoint.open(path), patches, options, part)
+    elif part is not None:
+        raise CheckpointError(
+            f"{path}: part={part!r} is only for torch.distributed.checkpoint directories; leave it out"
+        )
+    else:
+        checkpoint = Checkpoint.open(path)
+        made = bind(checkpoint.target(), patches, options)
     try:
         made.check_complete(strict=strict)
     except PlanError as error:
-        if "quantization_config" in checkpoint.config and not checkpoint.quantised.weights:
+        is_known = isinstance(checkpoint, Checkpoint) and checkpoint.quantised.weights
+        if "quantization_config" in checkpoint.config and not is_known:
             raise PlanError(f"{error} ({checkpoint.path} is quantised; patch the 16-bit model instead)") from None
         raise
     return checkpoint, made
+
+
+def _bind_dcp(
+    checkpoint: DistributedCheckpoint, patches: list[tuple[Patch, float]], options: Options, part: str | None
+) -> tuple[DistributedCheckpoint, Plan]:
+    """Bind to the part that is named, or else to the only one in which the patch finds any of its names.
+
+    Raises:
+        PlanError: several parts have weights of the patch's names, or what ``bind`` raises.
+        CheckpointError: no such part, or none that could be a model.
+    """
+    if part is not None:
+        chosen = checkpoint.choose(part)
+        return chosen, bind(chosen.target(), patches, options)
+    if not checkpoint.parts:
+        raise CheckpointError(f"{checkpoint.path}: no tensor with a name such as layers.0.weight: no model in it")
+    found: dict[str, Plan | PlanError] = {}
+    for name in checkpoint.parts:
+        try:
+            made: Plan | PlanError = bind(checkpoint.choose(name).target(), patches, options)
+        except PlanError as error:  # found, but it does not fit
+            made = error
+        if isinstance(made, PlanError) or made.updates or made.assigns or len(checkpoint.parts) == 1:
+            found[name] = made
+    if not found:
+        raise PlanError(
+            f"the patch matches nothing in {checkpoint.path}: none of its parts {quoted(checkpoint.parts)} has a "
+            "weight of its names; is it a patch for another model?"
+        )
+    if len(found) > 1:
+        raise PlanError(
+            f"{checkpoint.path}: the patch's weights are in several parts: {quoted(found)}; say which one is to be "
+            f"patched, such as part={next(iter(found))!r} (--part)"
+        )
+    ((name, only),) = found.items()
+    if isinstance(only, PlanError):
+        raise only
+    return checkpoint.choose(name), only
 
 
 def apply_checkpoint(
@@ -122,14 +180,19 @@ def apply_checkpoint(
     backend: str = "auto",
     overwrite: bool = False,
     link: bool = False,
+    part: str | None = None,
+    group: Any = None,
     progress: bool = False,
 ) -> CheckpointReport | InPlaceReport:
-    """Write a patched copy of a safetensors checkpoint, or patch it in place; the model is never in memory.
+    """Write a patched copy of a checkpoint, or patch a safetensors one in place; the model is never in memory.
 
     Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns, and quantised weights with
     one scale for all: the codes of a few tensors). Quantised weights stay quantised, see ``portllm.quantised``. Shards,
     their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
     tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
+
+    A torch.distributed.checkpoint (DCP) directory is copied in the same way, with the layout that it has: only the
+    numbers of the weights change in it, and its metadata, the optimizer's state and all else stay byte for byte.
 
     In place, only the bytes that change are written, on top of patches that were applied so before; the model is then
     what one merge of all of them into the pristine one gives. What takes them off again, to the last bit
@@ -137,7 +200,7 @@ def apply_checkpoint(
     the checkpoint through portllm completes what was begun, or takes it back.
 
     Args:
-        model: a directory, a single safetensors file, or a hub id.
+        model: a directory, a single safetensors file, or a hub id; or a DCP directory.
         out: a directory (a file, if ``model`` is a file) that does not exist yet; None in place.
         in_place: change the checkpoint itself; what would give a tensor another size, or a name of its own, is refused.
         resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
@@ -146,65 +209,75 @@ def apply_checkpoint(
         overwrite: replace ``out`` if it exists.
         link: shards in which nothing changes become hard links, where the file system can: no copy, but whoever
             writes to one of the two files changes both.
-        progress: show a bar on stderr.
+        part: of a DCP checkpoint, the dict of the saved state dict in which the weights lie: "model" for those of
+            ``{"model": ..., "optim": ...}``. Needed only where several have weights of the patch's names, such as
+            "model" and "ema". All other parts stay as they are.
+        group: a process group of torch.distributed (any backend, gloo too), whose processes all make this call and
+            then write the shards together, each some of them, on a file system that they share. The patch is read on
+            rank 0 and sent to the others, who may give None; it is the same for all then, even if its files change.
+        progress: show a bar on stderr (of rank 0's shards).
         Others: as ``portllm.apply``.
 
     Raises:
         PatchError, PlanError, BackendError: as ``portllm.apply``.
         CheckpointError: the checkpoint is broken, ``out`` exists, or the disk is full or read-only.
-        After any error, and after an interrupt, ``out`` is as it was before.
+        After any error, and after an interrupt, ``out`` is as it was before. An error of one process of a group, or
+        its death, is an error of all.
     """
     started = time.perf_counter()
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
-    patches = as_patches(patch, scale)
     how = Rounding(rounding, seed, keep_zeros)
-    if in_place:
-        wrong = {
-            "out": out is not None,
-            "dtype": dtype is not None,
-            "tied='untie'": tied == "untie",
-            "resize": resize,
-            "rounding": rounding != "nearest",
-            "keep_zeros": keep_zeros,
-        }
-        if any(wrong.values()):
-            named = ", ".join(name for name, given in wrong.items() if given)
-            raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
-    elif out is None:
-        raise CheckpointError(f"{model}: say where to write the patched copy (out), or in_place=True")
-    checkpoint, made = plan_checkpoint(
-        model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
-    )
-    if checkpoint.quantised.weights and dtype is not None:
-        raise CheckpointError(
-            f"{model}: is quantised, so dtype={dtype} cannot be had: its scales must stay as they are"
-        )
-    tensors, read = checkpoint.target().weights, rows_of(checkpoint, made)
-    made = how.settle(made, tensors, read, dtype)
-    survival = survivals(made, tensors, read, dtype)
-    made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
-    if keep_zeros:
-        made = with_losses(made, lambda name: checkpoint.read(made.untie.get(name, name)))
-    if out is None:
-        if made.quantised:
-            name = min(made.quantised)
-            raise CheckpointError(f"{model}: {name} is quantised and cannot be patched in place; write a patched copy")
-        return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
-    job = _Job(checkpoint, made, dtype, backend)
-    destination = Path(out)
-    inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]
-    check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
-    with whole_or_absent(destination, overwrite, is_file=checkpoint.path.is_file()) as temporary:
-        with Progress(sum(t.size for shard in job.shards for t in shard.tensors), enabled=progress) as bar:
-            job.write_shards(temporary, bar, link)
-        if not checkpoint.path.is_file():
-            job.write_side_files(temporary)
+    with Ranks(group) as ranks:
+        alone = ranks.size == 1
+        with ranks.stage():
+            _check_options(model, out, in_place=in_place, dtype=dtype, tied=tied, resize=resize, how=how, alone=alone)
+        patches = ranks.share(lambda: as_patches(patch, scale))
+        path = ranks.share(lambda: resolve(model, what="model", allow=MODEL_FILES))
+        survival: dict[str, float] = {}
+        with ranks.stage():
+            opened, made = plan_checkpoint(
+                path, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize, part=part
+            )
+            if isinstance(opened, DistributedCheckpoint):
+                _check_dcp(opened, in_place=in_place, dtype=dtype, tied=tied, resize=resize, how=how)
+                made = how.settle(made, opened.target().weights, _no_rows)
+                entries, (checkpoint, local) = opened.entries, opened.localise(made)
+            else:
+                _check_safetensors(opened, made, in_place=in_place, dtype=dtype, alone=alone)
+                read, tensors = rows_of(opened, made), opened.target().weights
+                made = how.settle(made, tensors, read, dtype)
+                survival = survivals(made, tensors, read, dtype)
+                made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
+                if keep_zeros:
+                    whole = opened
+                    made = with_losses(made, lambda name: whole.read(made.untie.get(name, name)))
+                entries, checkpoint, local = len(opened.locations), opened, made
+            if out is None:
+                return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
+            job = _Job(checkpoint, local, dtype, backend)
+            destination, is_file = Path(out), path.is_file()
+            if ranks.rank == 0:
+                inputs = [checkpoint.path, *(Path(p.name) for p, _ in patches)]
+                check_destination(destination, inputs, overwrite, sum(shard.size for shard in job.shards))
+        with contextlib.ExitStack() as stack:
+            temporary = ranks.share(
+                lambda: stack.enter_context(whole_or_absent(destination, overwrite, is_file=is_file))
+            )
+            with ranks.stage():
+                if not temporary.parent.is_dir() or not (is_file or temporary.is_dir()):
+                    raise CheckpointError(f"{temporary}: not seen here; OUT must be on a file system that all share")
+                mine = [job.shards[i] for i in ranks.mine([shard.size for shard in job.shards])]
+                size = sum(t.size for shard in mine for t in shard.tensors)
+                with Progress(size, enabled=progress and ranks.rank == 0) as bar:
+                    job.write_shards(mine, temporary, bar, link)
+            with ranks.stage():
+                if ranks.rank == 0 and not is_file:
+                    job.write_side_files(temporary)
+                stack.close()
     return CheckpointReport(
         out=str(destination),
         shards=len(job.shards),
         tensors_updated=len(made.tensors),
-        tensors_copied=len(checkpoint.locations) - len(set(made.stored) & set(checkpoint.locations)),
+        tensors_copied=entries - sum(name not in made.untie for name in made.stored),
         bytes_read=checkpoint.size,
         bytes_written=sum(shard.size for shard in job.shards),
         seconds=time.perf_counter() - started,
@@ -229,6 +302,89 @@ def rows_of(checkpoint: Checkpoint, plan: Plan) -> ReadRows:
         return data[:, slice(*update.region.columns)]
 
     return read
+
+
+def _no_rows(update: Update, rows: Sequence[int]) -> Tensor:
+    raise AssertionError("only rounding='auto' asks for rows, which is refused here")
+
+
+def _check_options(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    *,
+    in_place: bool,
+    dtype: torch.dtype | None,
+    tied: Tied,
+    resize: bool,
+    how: Rounding,
+    alone: bool,
+) -> None:
+    """Refuse what cannot be had together, before anything is read."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
+    if in_place:
+        wrong = {
+            "out": out is not None,
+            "dtype": dtype is not None,
+            "tied='untie'": tied == "untie",
+            "resize": resize,
+            "rounding": how.kind != "nearest",
+            "keep_zeros": how.keep_zeros,
+        }
+        if any(wrong.values()):
+            named = ", ".join(name for name, given in wrong.items() if given)
+            raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
+        if not alone:
+            raise CheckpointError(f"{model}: one process alone patches in place; run it without torchrun (or group)")
+    elif out is None:
+        raise CheckpointError(f"{model}: say where to write the patched copy (out), or in_place=True")
+
+
+def _check_dcp(
+    checkpoint: DistributedCheckpoint,
+    *,
+    in_place: bool,
+    dtype: torch.dtype | None,
+    tied: Tied,
+    resize: bool,
+    how: Rounding,
+) -> None:
+    """Refuse what would change the layout of a DCP checkpoint."""
+    path = checkpoint.path
+    if in_place:
+        raise CheckpointError(
+            f"{path}: a torch.distributed.checkpoint directory is not patched in place; write a patched copy (-o OUT), "
+            "and put it in its place"
+        )
+    wrong = {"dtype": dtype is not None, "tied='untie' (--untie)": tied == "untie", "resize (--resize-vocab)": resize}
+    if any(wrong.values()):
+        named = ", ".join(name for name, given in wrong.items() if given)
+        raise CheckpointError(
+            f"{path}: {named} would change the layout of a torch.distributed.checkpoint directory, which is "
+            "kept; change the model that is saved to it, or patch a safetensors checkpoint"
+        )
+    if how.kind == "auto":
+        raise CheckpointError(
+            f"{path}: rounding='auto' looks at whole rows; say 'nearest' or 'stochastic' (--rounding)"
+        )
+
+
+def _check_safetensors(
+    checkpoint: Checkpoint, plan: Plan, *, in_place: bool, dtype: torch.dtype | None, alone: bool
+) -> None:
+    """Refuse what cannot be had of quantised weights."""
+    path = checkpoint.path
+    if checkpoint.quantised.weights and dtype is not None:
+        raise CheckpointError(f"{path}: is quantised, so dtype={dtype} cannot be had: its scales must stay as they are")
+    if plan.quantised and in_place:
+        name = min(plan.quantised)
+        raise CheckpointError(f"{path}: {name} is quantised and cannot be patched in place; write a patched copy")
+    if plan.quantised and not alone:
+        name = min(plan.quantised)
+        raise CheckpointError(
+            f"{path}: {name} is quantised, and its scales may lie in another file than its codes; one process alone "
+            "patches it: run it without torchrun (or group)"
+        )
 
 
 @dataclass(frozen=True)
@@ -274,6 +430,8 @@ class _File:
     def __init__(self, shard: _OutShard, path: Path) -> None:
         self._shard, self.source, self.path = shard, shard.source.path, path
         self.descriptors: tuple[int, ...] = ()
+        self._checksum = 0
+        self._checksums: dict[int, int] = {}  # where in the file -> CRC-32
 
     def link(self) -> bool:
         """One file with two names; False where that cannot be, as between file systems."""
@@ -294,9 +452,18 @@ class _File:
             write_at(self.descriptors[1], memoryview(self._shard.header), 0)
         return False
 
+    def count(self, piece: _Piece, data: memoryview) -> None:
+        """Keep the checksum of a tensor, if the file has one of it; its pieces come in order."""
+        if places := self._shard.source.checksums.get(piece.tensor.name):
+            self._checksum = zlib.crc32(data, self._checksum if piece.start else 0)
+            if piece.stop == piece.change.rows:
+                self._checksums.update(dict.fromkeys(places, self._checksum))
+
     def finish(self) -> None:
         if self.descriptors:
             with named_errors(self.path):
+                for at, checksum in self._checksums.items():
+                    write_at(self.descriptors[1], memoryview(struct.pack("<I", checksum)), at)
                 os.fsync(self.descriptors[1])
         self.close()
 
@@ -351,8 +518,9 @@ class _Part:
 
     def write(self, data: Tensor | None, bar: Progress) -> None:
         with named_errors(self.file.path):
-            if data is not None:
+            if data is not None and isinstance(self.piece, _Piece):
                 write_at(self.file.descriptors[1], _bytes(data), self.at)
+                self.file.count(self.piece, _bytes(data))
             elif self.origin is not None and not self.is_shared:
                 old, new = self.file.descriptors
                 copy_range(old, new, self.origin, self.origin + self.size, self.at, bar.update)
@@ -395,12 +563,12 @@ class _Job:
     def survival(self) -> dict[str, float]:
         return self._quantised.survival
 
-    def write_shards(self, out: Path, bar: Progress, link: bool) -> None:
-        """Write all shards, as one stream of pieces; each shard is synced while the next one is being written."""
+    def write_shards(self, shards: Sequence[_OutShard], out: Path, bar: Progress, link: bool) -> None:
+        """Write some shards, as one stream of pieces; each shard is synced while the next one is being written."""
         single = self._checkpoint.path.is_file()
         with contextlib.ExitStack() as stack:
             parts: list[_Part] = []
-            for shard in self.shards:
+            for shard in shards:
                 file = _File(shard, out if single else out / shard.name)
                 stack.callback(file.close)
                 parts += self._parts(shard, file, link)
@@ -509,9 +677,11 @@ class _Job:
     def write_side_files(self, out: Path) -> None:
         """Index, configuration, tokenizer and all else that is not weights."""
         directory = self._checkpoint.path
+        shards = {shard.name for shard in self.shards}
         for path in sorted(directory.rglob("*")):
             relative = path.relative_to(directory)
-            if any(p.startswith(".") for p in relative.parts) or not path.is_file() or path.name.endswith(_NOT_COPIED):
+            is_hidden = any(p.startswith(".") for p in relative.parts) and str(relative) != DCP_METADATA
+            if is_hidden or not path.is_file() or path.name.endswith(_NOT_COPIED) or str(relative) in shards:
                 continue
             with named_errors(out / relative):
                 (out / relative).parent.mkdir(parents=True, exist_ok=True)

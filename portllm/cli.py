@@ -18,6 +18,7 @@ from .errors import PortllmError
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint import CheckpointReport
     from .inplace import InPlaceReport
     from .movement import Drift
     from .patch import Patch
@@ -29,6 +30,7 @@ examples:
   portllm apply ./adapter ./evolved-model -o ./patched
   portllm apply ./math@0.7 ./style@0.5 ./evolved-model -o ./patched --dtype bfloat16
   portllm apply ./adapter ./evolved-model --in-place
+  torchrun --nproc-per-node 8 -m portllm apply ./adapter ./evolved-model -o ./patched
   portllm remove ./evolved-model
   portllm combine ./math@0.7 ./style@0.5 -o ./both --method svd --rank 16
   portllm cut ./adapter -o ./cut --base ./base-model --pruned ./pruned-model --save-map map.json
@@ -71,9 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"portllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = _command(commands, "apply", _apply, "write a patched copy of a safetensors checkpoint, shard by shard")
+    command = _command(commands, "apply", _apply, "write a patched copy of a checkpoint, shard by shard")
     _patches_argument(command)
-    _model_argument(command)
+    _model_argument(command, "or torch.distributed.checkpoint (DCP) directory")
+    _part_argument(command)
     command.add_argument("-o", "--out", type=Path, help="the patched checkpoint; must not exist (see --overwrite)")
     _binding_arguments(command)
     command.add_argument("--resize-vocab", action="store_true", help="take over a vocabulary that the patch enlarged")
@@ -108,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "check", _check, "will a patch fit a model, how large is it, is the model its base?")
     command.add_argument("patch", metavar="PATCH")
-    _model_argument(command)
+    _model_argument(command, "or torch.distributed.checkpoint (DCP) directory")
+    _part_argument(command)
     command.add_argument(
         "--base", help="the patch's base, to measure how MODEL has moved from it: will the skill carry?"
     )
@@ -218,8 +222,17 @@ def _dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast while writing")
 
 
-def _model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="safetensors checkpoint: directory, file or hub id")
+def _model_argument(parser: argparse.ArgumentParser, others: str = "") -> None:
+    text = "safetensors checkpoint: directory, file or hub id"
+    parser.add_argument("model", metavar="MODEL", help=f"{text}; {others}" if others else text)
+
+
+def _part_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part",
+        metavar="NAME",
+        help="which dict of a DCP checkpoint has the weights, such as model or ema",
+    )
 
 
 def _setting_argument(parser: argparse.ArgumentParser) -> None:
@@ -274,57 +287,78 @@ def _binding(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    patches = _scaled_patches(arguments)
-    from .checkpoint import apply_checkpoint, plan_checkpoint
-    from .inplace import InPlaceReport
-
-    options = _binding(arguments) | {"resize": arguments.resize_vocab}
     if arguments.dry_run:
-        _, plan = plan_checkpoint(arguments.model, patches, **options)
-        if arguments.json:
-            _print_json(plan.describe())
-        else:
-            rows = [("tensor", "expert", "rows", "columns", "rank", "scaling")]
-            rows += [(a.name, "", "", "", "replaced", "") for a in plan.assigns]
-            rows += [
-                (
-                    u.name,
-                    "" if u.region.expert is None else str(u.region.expert),
-                    f"{u.region.rows[0]}:{u.region.rows[1]}",
-                    f"{u.region.columns[0]}:{u.region.columns[1]}",
-                    "+".join(str(t.rank) for t in u.terms),
-                    "+".join(f"{t.scaling:g}" for t in u.terms),
-                )
-                for u in plan.updates
-            ]
-            _print_table(rows)
-            _print_warnings(plan.warnings)
-            print(f"would change {len(plan.tensors)} tensors; nothing was written")
-        return 0
+        return _dry_run(arguments)
     if arguments.out is None and not arguments.in_place:
         raise PortllmError("say where to write with -o OUT (or --dry-run, or --in-place)")
-    report = apply_checkpoint(
-        arguments.model,
-        patches,
-        arguments.out,
-        in_place=arguments.in_place,
-        **options,
-        rounding=arguments.rounding,
-        seed=arguments.seed,
-        keep_zeros=arguments.keep_zeros,
-        dtype=_dtype(arguments),
-        backend=arguments.backend,
-        overwrite=arguments.overwrite,
-        link=arguments.link,
-        progress=not (arguments.quiet or arguments.json),
-    )
+    from .ranks import Ranks, torchrun
+
+    with torchrun() as group, Ranks(group) as ranks:
+        with ranks.stage():
+            patches = _scaled_patches(arguments) if ranks.rank == 0 else []
+        from .checkpoint import apply_checkpoint
+
+        report = apply_checkpoint(
+            arguments.model,
+            patches,
+            arguments.out,
+            in_place=arguments.in_place,
+            **_binding(arguments),
+            resize=arguments.resize_vocab,
+            rounding=arguments.rounding,
+            seed=arguments.seed,
+            keep_zeros=arguments.keep_zeros,
+            dtype=_dtype(arguments),
+            backend=arguments.backend,
+            overwrite=arguments.overwrite,
+            link=arguments.link,
+            part=arguments.part,
+            group=group,
+            progress=not (arguments.quiet or arguments.json),
+        )
+        if ranks.rank == 0:
+            _print_applied(report, arguments)
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    patches = _scaled_patches(arguments)
+    from .checkpoint import plan_checkpoint
+
+    options = _binding(arguments) | {"resize": arguments.resize_vocab, "part": arguments.part}
+    _, plan = plan_checkpoint(arguments.model, patches, **options)
+    if arguments.json:
+        _print_json(plan.describe())
+        return 0
+    rows = [("tensor", "expert", "rows", "columns", "rank", "scaling")]
+    rows += [(a.name, "", "", "", "replaced", "") for a in plan.assigns]
+    rows += [
+        (
+            u.name,
+            "" if u.region.expert is None else str(u.region.expert),
+            f"{u.region.rows[0]}:{u.region.rows[1]}",
+            f"{u.region.columns[0]}:{u.region.columns[1]}",
+            "+".join(str(t.rank) for t in u.terms),
+            "+".join(f"{t.scaling:g}" for t in u.terms),
+        )
+        for u in plan.updates
+    ]
+    _print_table(rows)
+    _print_warnings(plan.warnings)
+    print(f"would change {len(plan.tensors)} tensors; nothing was written")
+    return 0
+
+
+def _print_applied(report: CheckpointReport | InPlaceReport, arguments: argparse.Namespace) -> None:
+    from .inplace import InPlaceReport
+
     if arguments.json:
         _print_json(report.as_dict())
-        return 0
+        return
     _print_warnings(report.warnings)
     if isinstance(report, InPlaceReport):
         _print_in_place(report)
-        return 0
+        return
     print(f"patched {report.tensors_updated} tensors, copied {report.tensors_copied}, in {report.shards} shards")
     print(
         f"read {report.bytes_read / 1e9:.2f} GB and wrote {report.bytes_written / 1e9:.2f} GB "
@@ -335,7 +369,6 @@ def _apply(arguments: argparse.Namespace) -> int:
         median, least = shares[len(shares) // 2], shares[0]
         print(f"survives rounding: {median:.1%} of what was added (median of the weights; least {least:.1%})")
     print(report.out)
-    return 0
 
 
 def _print_in_place(report: InPlaceReport) -> None:
@@ -391,7 +424,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from .fingerprint import cached, check_weights
     from .sparsity import explain, masked
 
-    checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments))
+    checkpoint, plan = plan_checkpoint(arguments.model, patch, **_binding(arguments), part=arguments.part)
     result = check_weights(patch, plan, cached(checkpoint.read))
     zeros = masked(plan, checkpoint.read)
     drift = None if arguments.base is None else _drift(patch, arguments)

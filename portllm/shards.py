@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +36,7 @@ _HAS_VOCABULARY_HEAD = re.compile(
 )
 _CONVERT = "convert it first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
 # What to download of a model that is named by its hub id.
-_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py")
 # What is read from config.json, and must not be of another type.
 _CONFIG_TYPES = {"architectures": list, "model_type": str, "text_config": dict, "tie_word_embeddings": bool}
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt"}
@@ -61,13 +61,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: ``tensors`` in the order of their bytes; data begins at ``data_start``."""
+    """One safetensors file: ``tensors`` in the order of their bytes; data begins at ``data_start``.
+
+    A file of another kind (``portllm.dcp``) counts as one without a header; ``checksums`` say where in it the CRC-32
+    of a tensor's bytes stands, which a new tensor needs a new one of.
+    """
 
     path: Path
     metadata: Mapping[str, str] | None
     tensors: tuple[Stored, ...]
     data_start: int
     size: int
+    checksums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -122,7 +127,7 @@ class Checkpoint:
     @classmethod
     def find(cls, model: str | os.PathLike[str]) -> Checkpoint:
         """``open`` what a user named: a path, or a hub id, which is downloaded; raises PortllmError."""
-        return cls.open(resolve(model, what="model", allow=_MODEL_FILES))
+        return cls.open(resolve(model, what="model", allow=MODEL_FILES))
 
     @classmethod
     def open(cls, path: Path, *, recover: bool = True) -> Checkpoint:
@@ -141,7 +146,7 @@ class Checkpoint:
             return cls(path, (read_shard(path),), None, {})
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such model directory or file")
-        config = _read_config(path / "config.json") if (path / "config.json").is_file() else {}
+        config = read_config(path / "config.json") if (path / "config.json").is_file() else {}
         single = next((path / name for name in SINGLE_NAMES if (path / name).is_file()), None)
         indices = sorted(path.glob("*.safetensors.index.json"))
         if single is not None:
@@ -169,7 +174,7 @@ class Checkpoint:
             name: torch.empty(stored.shape, dtype=stored.dtype or torch.uint8, device="meta")
             for name, (_, stored) in self.locations.items()
         }
-        return Target(tensors, self._aliases(), self._transposed, quantised=self.quantised)
+        return Target(tensors, self._aliases(), self.transposed, quantised=self.quantised)
 
     @cached_property
     def quantised(self) -> Found:
@@ -205,7 +210,8 @@ class Checkpoint:
             return {alias: stored for alias, stored in aliases.items() if alias.endswith("embed_tokens.weight")}
         return aliases
 
-    def _transposed(self, name: str) -> bool | None:
+    def transposed(self, name: str) -> bool | None:
+        """Whether a layer stores [in, out], by the family that config.json names; None if it names none."""
         family = self.config.get("model_type")
         if family is None:
             return None
@@ -245,7 +251,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     for key, kind in _CONFIG_TYPES.items():
         if not isinstance(config.get(key), kind | None):
@@ -289,6 +295,8 @@ def _why_no_weights(path: Path, files: list[Path], indices: list[Path]) -> str:
         return "holds an adapter, not a model; is the order of PATCH and MODEL right?"
     if len(files) > 1:
         return f"{len(files)} safetensors files but no index; a sharded checkpoint needs model.safetensors.index.json"
+    if next(path.glob("*.distcp"), None) is not None:
+        return "a torch.distributed.checkpoint directory, which only `apply` (a copy), `check` and `stamp` take"
     if next(path.glob("*.bin"), None) is not None:
         return f"weights are .bin only; {_CONVERT}"
     return "no safetensors files in it"
