@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, permutations
 from typing import Literal
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from .config import fits_fp32
 from .errors import PlanError
-from .naming import VOCABULARY_LAYERS, Names, Placement, canonical, readings
+from .naming import VOCABULARY_LAYERS, Names, Placement, canonical, readings, spellings
 from .patch import BiasEntry, ExpertEntry, LoraEntry, Patch, ReplaceEntry, RowsEntry
 from .planning import Assign, Plan, Region, Term, Update, check_dtype
+from .quantised import Found, read_weight, refusal, refuse
 
 Tied = Literal["once", "untie"]
 ExpertLayout = Literal["out_in", "in_out"]
@@ -30,12 +32,34 @@ class Target:
         aliases: other names of the same memory (tied weights) -> name in ``tensors``.
         transposed: for a weight's name, whether its layer stores [in, out] (GPT-2's Conv1D); None if unknown.
         declared: the tensors come in the order in which their modules declare them (files sort them otherwise).
+        quantised: the weights that are stored as codes and scales.
     """
 
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
     transposed: Callable[[str], bool | None] = lambda name: None
     declared: bool = False
+    quantised: Found = field(default_factory=Found)
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        """``tensors`` as a patch sees them: quantised weights have their own names and shapes, and are on meta."""
+        found = self.quantised
+        if not found.weights:
+            return self.tensors
+        own = {weight.codes: weight for weight in found.weights.values()}
+        return {
+            own[name].name if name in own else name: (
+                torch.empty(own[name].shape, dtype=torch.float32, device="meta") if name in own else tensor
+            )
+            for name, tensor in self.tensors.items()
+            if name in own or name not in found.hidden
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A weight's values, detached; what is quantised in fp32."""
+        weight = self.quantised.weights.get(name)
+        return self.tensors[name].detach() if weight is None else read_weight(weight, self.tensors.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,7 @@ def bind(target: Target, patches: Sequence[tuple[Patch, float]], options: Option
     """
     options = options or Options()
     untie = _Untie(target) if options.tied == "untie" else None
-    tensors = dict(target.tensors)
+    tensors = dict(target.weights)
     pieces: list[list[_Piece]] = []
     assigns: dict[str, list[Assign]] = {}
     unmatched_patch: list[str] = []
@@ -115,13 +139,18 @@ def bind(target: Target, patches: Sequence[tuple[Patch, float]], options: Option
         unmatched_patch += binder.unmatched
         unmatched_target += [name for name in binder.uncovered() if name not in unmatched_target]
         warnings += [w for w in binder.warnings if w not in warnings]
+    updates = tuple(_merge(pieces))
+    quantised = {u.name: target.quantised.weights[u.name] for u in updates if u.name in target.quantised.weights}
+    if untie and (both := sorted(quantised.keys() & {*untie.names, *untie.names.values()})):
+        raise refuse(target.quantised.weights[both[0]], "tied; it cannot be given a tensor for each of its names")
     return Plan(
-        updates=tuple(_merge(pieces)),
+        updates=updates,
         assigns=tuple(a for group in assigns.values() for a in group),
         untie=untie.names if untie else {},
         unmatched_patch=tuple(unmatched_patch),
         unmatched_target=tuple(unmatched_target),
         warnings=tuple(warnings),
+        quantised=quantised,
     )
 
 
@@ -208,6 +237,7 @@ class _Binder:
     def _lora(self, entry: LoraEntry) -> None:
         spelling, placements = self._names.place(f"{entry.module}.weight", entry.lora_B.shape[0])
         if not placements:
+            self._refuse_formats(entry.module)
             self.unmatched.append(entry.module)
             return
         self._covered.add(canonical(spelling).removesuffix(".weight"))
@@ -297,7 +327,9 @@ class _Binder:
         for placement in placements:
             name = self._stored(placement.name)
             tensor = self._tensors[name]
-            check_dtype(name, tensor)
+            self._check_weight(name, tensor)
+            if name in self._target.quantised.weights:
+                raise refuse(self._target.quantised.weights[name], f"{entry.name} of the patch would replace it")
             value = entry.value if placement.part is None else entry.value[slice(*placement.part)]
             rows = placement.rows
             expected = tensor.shape if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
@@ -327,11 +359,11 @@ class _Binder:
     def _check_vocabulary(self) -> None:
         """All layers of a vocabulary grow together, or the model does not load."""
         grown = {
-            a.name: self._target.tensors[self._target.aliases.get(a.name, a.name)] for a in self.assigns if a.resize
+            a.name: self._target.weights[self._target.aliases.get(a.name, a.name)] for a in self.assigns if a.resize
         }
         for name, old in grown.items():
             copies = self._untie.names if self._untie else {}
-            others = {alias: self._target.tensors[stored] for alias, stored in copies.items()} | self._tensors
+            others = {alias: self._target.weights[stored] for alias, stored in copies.items()} | self._tensors
             for other, tensor in others.items():
                 is_vocabulary = other not in grown and VOCABULARY_LAYERS.match(other.rpartition(".")[0])
                 if is_vocabulary and tensor.shape[0] == old.shape[0]:
@@ -347,7 +379,9 @@ class _Binder:
             return
         name = self._stored(placements[0].name)
         tensor = self._tensors[name]
-        check_dtype(name, tensor)
+        self._check_weight(name, tensor)
+        if name in self._target.quantised.weights:
+            raise refuse(self._target.quantised.weights[name], f"{entry.module} has trained tokens, which replace rows")
         if tensor.dim() != 2 or entry.values.shape[1:] != tensor.shape[1:] or max(entry.indices) >= len(tensor):
             raise PlanError(
                 f"{entry.module}: trained tokens {list(entry.values.shape)} with indices up to {max(entry.indices)} "
@@ -358,6 +392,18 @@ class _Binder:
         )
 
     # -- places and orientation ----------------------------------------------------------------------------------
+
+    def _check_weight(self, name: str, tensor: Tensor) -> None:
+        """Raise PlanError for a weight that cannot be updated."""
+        if problem := self._target.quantised.problems.get(name):
+            raise PlanError(problem)
+        check_dtype(name, tensor)
+
+    def _refuse_formats(self, module: str) -> None:
+        """Raise PlanError for a module whose weight is there, but in a format that cannot be updated."""
+        for spelling in spellings(module):
+            if problem := refusal(spelling, self._target.tensors, self._target.quantised):
+                raise PlanError(problem)
 
     def _stored(self, spoken: str) -> str:
         """The tensor behind a name; when ties are to be cut, a tied name is a tensor of its own."""
@@ -387,7 +433,9 @@ class _Binder:
         """Check a term against its place; only "linear" ones may yet turn out to be for the transposed matrix."""
         stored = self._stored(placement.name)
         tensor = self._tensors[stored]
-        check_dtype(stored, tensor)
+        self._check_weight(stored, tensor)
+        if magnitude is not None and stored in self._target.quantised.weights:
+            raise refuse(self._target.quantised.weights[stored], f"{source} has DoRA's magnitudes, for norms of it")
         shape = tuple(tensor.shape) if placement.expert is None else tuple(tensor.shape[1:])
         matrix = (shape[0], 1) if len(shape) == 1 else (shape[0], tensor[0].numel() if len(shape) > 2 else shape[1])
         if placement.part is not None:

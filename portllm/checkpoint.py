@@ -9,9 +9,9 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ from .files import (
 )
 from .inplace import InPlaceReport, apply_in_place
 from .live import Patches, as_patches
+from .noise import bits, rounded
 from .pieces import TensorPlan, tensor_plans
-from .planning import Plan
+from .planning import Plan, Update
 from .progress import Progress
+from .quantised import QuantisedPlan, Unit, grouped, survival
 from .reference import FLOAT_DTYPES
+from .rounding import Kind, ReadRows, Rounding, lost, survivals
 from .shards import DTYPE_NAMES, Checkpoint, Shard, Stored
 from .stream import stream
 
@@ -52,7 +55,11 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What ``apply_checkpoint`` did; sizes in bytes, time in seconds."""
+    """What ``apply_checkpoint`` did; sizes in bytes, time in seconds.
+
+    ``survival``: for each weight, the share of what was added that is left after rounding (see
+    ``portllm.rounding.survival``); of quantised weights measured, not estimated.
+    """
 
     out: str
     shards: int
@@ -62,6 +69,7 @@ class CheckpointReport:
     bytes_written: int
     seconds: float
     warnings: tuple[str, ...]
+    survival: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -89,7 +97,7 @@ def plan_checkpoint(
     try:
         made.check_complete(strict=strict)
     except PlanError as error:
-        if "quantization_config" in checkpoint.config:
+        if "quantization_config" in checkpoint.config and not checkpoint.quantised.weights:
             raise PlanError(f"{error} ({checkpoint.path} is quantised; patch the 16-bit model instead)") from None
         raise
     return checkpoint, made
@@ -106,6 +114,9 @@ def apply_checkpoint(
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
     resize: bool = False,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     overwrite: bool = False,
@@ -114,7 +125,8 @@ def apply_checkpoint(
 ) -> CheckpointReport | InPlaceReport:
     """Write a patched copy of a safetensors checkpoint, or patch it in place; the model is never in memory.
 
-    Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns: one tensor). Shards,
+    Peak extra memory is the patch and a few pieces of ``CHUNK_BYTES`` (DoRA over columns, and quantised weights with
+    one scale for all: the codes of a few tensors). Quantised weights stay quantised, see ``portllm.quantised``. Shards,
     their layout and metadata stay as they are; untouched tensors are copied byte for byte; configuration,
     tokenizer and generation files come along. ``out`` appears under its name only when all of it is on disk.
 
@@ -128,6 +140,7 @@ def apply_checkpoint(
         out: a directory (a file, if ``model`` is a file) that does not exist yet; None in place.
         in_place: change the checkpoint itself; what would give a tensor another size, or a name of its own, is refused.
         resize: a vocabulary saved larger in the patch makes the checkpoint's larger.
+        rounding, seed, keep_zeros: as ``portllm.apply``; for a copy only.
         dtype: also cast every floating-point tensor; the sum is rounded once, into this dtype.
         overwrite: replace ``out`` if it exists.
         link: shards in which nothing changes become hard links, where the file system can: no copy, but whoever
@@ -144,8 +157,16 @@ def apply_checkpoint(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype {dtype} must be float64, float32, float16 or bfloat16")
     patches = as_patches(patch, scale)
+    how = Rounding(rounding, seed, keep_zeros)
     if in_place:
-        wrong = {"out": out is not None, "dtype": dtype is not None, "tied='untie'": tied == "untie", "resize": resize}
+        wrong = {
+            "out": out is not None,
+            "dtype": dtype is not None,
+            "tied='untie'": tied == "untie",
+            "resize": resize,
+            "rounding": rounding != "nearest",
+            "keep_zeros": keep_zeros,
+        }
         if any(wrong.values()):
             named = ", ".join(name for name, given in wrong.items() if given)
             raise CheckpointError(f"{model}: {named} cannot be had in place; write a patched copy (without in_place)")
@@ -154,7 +175,18 @@ def apply_checkpoint(
     checkpoint, made = plan_checkpoint(
         model, patches, strict=strict, tied=tied, expert_layout=expert_layout, resize=resize
     )
+    if checkpoint.quantised.weights and dtype is not None:
+        raise CheckpointError(
+            f"{model}: is quantised, so dtype={dtype} cannot be had: its scales must stay as they are"
+        )
+    tensors, read = checkpoint.target().weights, rows_of(checkpoint, made)
+    made = how.settle(made, tensors, read, dtype)
+    survival = survivals(made, tensors, read, dtype)
+    made = replace(made, warnings=(*made.warnings, *lost(survival, rounding)))
     if out is None:
+        if made.quantised:
+            name = min(made.quantised)
+            raise CheckpointError(f"{model}: {name} is quantised and cannot be patched in place; write a patched copy")
         return apply_in_place(checkpoint, made, patches, expert_layout, backend, progress)
     job = _Job(checkpoint, made, dtype, backend)
     destination = Path(out)
@@ -169,12 +201,31 @@ def apply_checkpoint(
         out=str(destination),
         shards=len(job.shards),
         tensors_updated=len(made.tensors),
-        tensors_copied=len(checkpoint.locations) - len(set(made.tensors) & set(checkpoint.locations)),
+        tensors_copied=len(checkpoint.locations) - len(set(made.stored) & set(checkpoint.locations)),
         bytes_read=checkpoint.size,
         bytes_written=sum(shard.size for shard in job.shards),
         seconds=time.perf_counter() - started,
-        warnings=made.warnings,
+        warnings=(*made.warnings, *lost(job.survival, rounding)),
+        survival={**survival, **job.survival},
     )
+
+
+def rows_of(checkpoint: Checkpoint, plan: Plan) -> ReadRows:
+    """Reads some rows of an update's region from disk; those that a resized vocabulary adds are as the last one."""
+
+    def read(update: Update, rows: Sequence[int]) -> Tensor:
+        shard, stored = checkpoint.locations[plan.untie.get(update.name, update.name)]
+        assert stored.dtype is not None  # bind refuses kinds that torch does not know
+        of_matrix = TensorPlan((update,), (), stored.shape)
+        first = update.region.rows[0] + (update.region.expert or 0) * (of_matrix.rows // stored.shape[0])
+        data = torch.empty(len(rows), of_matrix.columns, dtype=stored.dtype)
+        with named_errors(shard.path), open(shard.path, "rb", buffering=0) as file:
+            for i, row in enumerate(rows):
+                at = min(first + row, of_matrix.rows - 1) * of_matrix.columns * stored.dtype.itemsize
+                read_exactly(file.fileno(), _bytes(data[i]), stored.start + at)
+        return data[:, slice(*update.region.columns)]
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -263,6 +314,19 @@ class _Piece:
 
 
 @dataclass(frozen=True)
+class _QuantisedPiece:
+    """Rows [start, stop) of a quantised weight: codes, and what lies in other places beside them."""
+
+    change: QuantisedPlan
+    start: int
+    stop: int
+
+
+# Of a piece: its rows, or, of a quantised one, the elements of each of its tensors.
+_Data = Tensor | dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
 class _Part:
     """``size`` bytes at ``at`` of a new file: those at ``origin`` of the old one, or ``piece``, or done already."""
 
@@ -270,7 +334,7 @@ class _Part:
     at: int
     size: int
     origin: int | None
-    piece: _Piece | None = None
+    piece: _Piece | _QuantisedPiece | None = None
     is_shared: bool = False
     is_last: bool = False
 
@@ -297,7 +361,10 @@ class _Job:
     """One run over one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, backend: str) -> None:
-        self._checkpoint, self._plan, self._dtype, self._backend = checkpoint, plan, dtype, backend
+        self._checkpoint, self._dtype, self._backend = checkpoint, dtype, backend
+        self._quantised = _QuantisedJob(checkpoint, plan, backend)
+        updates = tuple(update for update in plan.updates if update.name not in plan.quantised)
+        plan = self._plan = replace(plan, updates=updates, quantised={})
         self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(_IN_FLIGHT)]
         self._changes = tensor_plans(plan, {name: self._new_shape(name) for name in plan.tensors})
         self.shards = tuple(self._lay_out(shard) for shard in checkpoint.shards)
@@ -321,6 +388,10 @@ class _Job:
         shape = self._changes[name].shape if name in self._changes else stored.shape
         return _Out(name, stored, self._dtype if cast else stored.dtype, shape)
 
+    @property
+    def survival(self) -> dict[str, float]:
+        return self._quantised.survival
+
     def write_shards(self, out: Path, bar: Progress, link: bool) -> None:
         """Write all shards, as one stream of pieces; each shard is synced while the next one is being written."""
         single = self._checkpoint.path.is_file()
@@ -333,19 +404,28 @@ class _Job:
             syncer = stack.enter_context(ThreadPoolExecutor(1))  # last, so that it ends before files are closed
             synced: list[Future[None]] = []
 
-            def write(made: tuple[_Part, Tensor | None]) -> None:
+            late = self._quantised.late_files()
+
+            def write(made: tuple[_Part, _Data]) -> None:
                 part, data = made
-                part.write(data, bar)
-                if part.is_last:
+                if isinstance(part.piece, _QuantisedPiece) and isinstance(data, dict):
+                    self._quantised.write(part.piece, data)
+                    bar.update(part.size)
+                else:
+                    assert not isinstance(data, dict)
+                    part.write(data, bar)
+                if part.is_last and part.file not in late:
                     synced.append(syncer.submit(part.file.finish))
 
             stream(parts, self._read, self._compute, write, _IN_FLIGHT)
+            synced += (syncer.submit(file.finish) for file in late)
             for future in synced:
                 future.result()
 
     def _parts(self, shard: _OutShard, file: _File, link: bool) -> list[_Part]:
         """What is to be written to a shard's file, which is made: runs of tensors that stay, pieces of the others."""
-        changing = [t for t in shard.tensors if t.name in self._changes or t.is_cast]
+        quantised = self._quantised
+        changing = [t for t in shard.tensors if t.name in self._changes or t.name in quantised.parts or t.is_cast]
         same = shard.header == _old_header(shard.source)
         if same and link and not changing and file.link():
             return [_Part(file, 0, shard.data_size, None)]
@@ -353,7 +433,9 @@ class _Job:
         parts: list[_Part] = []
         at = len(shard.header)
         for tensor in shard.tensors:
-            if tensor in changing:
+            if tensor.name in quantised.parts:
+                parts += quantised.pieces(tensor, file, at)
+            elif tensor in changing:
                 parts += self._pieces(tensor, file, at)
             elif parts and parts[-1].joins(tensor, at):
                 parts[-1] = replace(parts[-1], size=parts[-1].size + tensor.size)
@@ -373,9 +455,11 @@ class _Job:
         for start, stop in change.pieces(max(1, CHUNK_BYTES // max(1, change.columns * tensor.stored.dtype.itemsize))):
             yield _Part(file, at + start * row, (stop - start) * row, None, piece=_Piece(tensor, change, start, stop))
 
-    def _read(self, part: _Part, turn: int) -> tuple[_Part, Tensor | None]:
+    def _read(self, part: _Part, turn: int) -> tuple[_Part, _Data]:
         if part.piece is None:
             return part, None
+        if isinstance(part.piece, _QuantisedPiece):
+            return part, self._quantised.read(part.piece)
         stored, change, start, stop = part.piece.tensor.stored, part.piece.change, part.piece.start, part.piece.stop
         assert stored.dtype is not None
         rows = self._scratch(turn, stop - start, change.columns, stored.dtype)
@@ -388,16 +472,22 @@ class _Job:
             )
         return part, rows
 
-    def _compute(self, read: tuple[_Part, Tensor | None]) -> tuple[_Part, Tensor | None]:
+    def _compute(self, read: tuple[_Part, _Data]) -> tuple[_Part, _Data]:
         part, rows = read
+        if isinstance(rows, dict):
+            assert isinstance(part.piece, _QuantisedPiece)
+            self._quantised.compute(part.piece, rows)
+            return read
         if part.piece is None or rows is None:
             return read
+        assert isinstance(part.piece, _Piece)
         tensor = part.piece.tensor
         assert tensor.dtype is not None
         # Sum in the wider of the two dtypes, so that a cast rounds once.
         rows = rows.to(torch.promote_types(rows.dtype, tensor.dtype))
-        execute(part.piece.change.part(part.piece.start, part.piece.stop), {tensor.name: rows}, backend=self._backend)
-        return part, rows.to(tensor.dtype)
+        plan = part.piece.change.part(part.piece.start, part.piece.stop)
+        execute(plan, {tensor.name: rows}, backend=self._backend)
+        return part, _cast(rows, tensor.dtype, plan)
 
     def _scratch(self, turn: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Memory for a piece, used again: fresh pages cost more than the read that fills them."""
@@ -463,9 +553,100 @@ class _Job:
         return config if config and config != self._checkpoint.config else None
 
 
+class _QuantisedJob:
+    """The quantised weights of a run: their codes are the pieces, and scales are read and written along with them.
+
+    Attributes:
+        parts: names of all tensors that change.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, backend: str) -> None:
+        self._checkpoint, self._backend = checkpoint, backend
+        own: dict[str, list[Unit]] = {name: [] for name in plan.quantised}
+        for unit in grouped(plan.updates, plan.quantised):
+            own[unit.weight.name].append(unit)
+        self._changes = {weight.codes: QuantisedPlan(weight, own[name]) for name, weight in plan.quantised.items()}
+        self.parts = {part for weight in plan.quantised.values() for part in weight.parts}
+        self._global_scales = {
+            name: weight.global_scales(checkpoint.read_stored) for name, weight in plan.quantised.items()
+        }
+        self._tables = {
+            weight.nested.table: checkpoint.read_stored(weight.nested.table)
+            for weight in plan.quantised.values()
+            if weight.nested is not None
+        }
+        self._places: dict[str, tuple[_File, int]] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def survival(self) -> dict[str, float]:
+        return {name: survival(sums) for name, sums in self._sums.items()}
+
+    def pieces(self, tensor: _Out, file: _File, at: int) -> Iterator[_Part]:
+        """Of codes their pieces; other tensors are written with the codes that they belong to."""
+        self._places[tensor.name] = file, at
+        change = self._changes.get(tensor.name)
+        if change is None or tensor.size == 0:
+            yield _Part(file, at, tensor.size, None)
+            return
+        rows = change.weight.rows
+        for start, stop in change.pieces(max(1, CHUNK_BYTES * rows // tensor.size)):
+            low, high = change.weight.spans(start, stop)[tensor.name]  # codes are bytes
+            yield _Part(file, at + low, high - low, None, piece=_QuantisedPiece(change, start, stop))
+
+    def late_files(self) -> set[_File]:
+        """Files that are written to while another one is being walked through."""
+        late: set[_File] = set()
+        for change in self._changes.values():
+            files = {self._places[part][0] for part in change.weight.parts}
+            late |= files if len(files) > 1 else set()
+        return late
+
+    def read(self, piece: _QuantisedPiece) -> dict[str, Tensor]:
+        found = {}
+        for name, file, dtype, (low, high), _ in self._spans(piece):
+            data = torch.empty((high - low) * dtype.itemsize, dtype=torch.uint8)
+            start = self._checkpoint.locations[name][1].start
+            with named_errors(file.source):
+                read_exactly(file.descriptors[0], _bytes(data), start + low * dtype.itemsize)
+            found[name] = data.view(dtype)
+        return found
+
+    def compute(self, piece: _QuantisedPiece, data: dict[str, Tensor]) -> None:
+        name = piece.change.weight.name
+        parts = {**self._tables, **data}
+        sums = piece.change.run(parts, piece.start, piece.stop, self._global_scales[name], self._backend)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def write(self, piece: _QuantisedPiece, data: dict[str, Tensor]) -> None:
+        for name, file, dtype, (low, _), at in self._spans(piece):
+            with named_errors(file.path):
+                write_at(file.descriptors[1], _bytes(data[name]), at + low * dtype.itemsize)
+
+    def _spans(self, piece: _QuantisedPiece) -> Iterator[tuple[str, _File, torch.dtype, tuple[int, int], int]]:
+        """Each tensor of the piece, its file and dtype, the elements that are the piece's, and its place."""
+        for name, span in piece.change.weight.spans(piece.start, piece.stop).items():
+            dtype = self._checkpoint.locations[name][1].dtype
+            assert dtype is not None  # a kind that torch does not know is no part of a weight
+            yield name, self._places[name][0], dtype, span, self._places[name][1]
+
+
 def _old_header(shard: Shard) -> bytes:
     with open(shard.path, "rb") as file:
         return file.read(shard.data_start)
+
+
+def _cast(rows: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
+    """To another dtype; by chance where a sum, until then in a wider one, is to be rounded so."""
+    if rows.dtype == dtype:
+        return rows
+    made = rows.to(dtype)
+    for update in plan.updates:
+        if update.noise is not None:
+            view = update.region.view(rows)
+            random = bits(update.mode, slice(0, len(view)), view.shape[1])
+            update.region.view(made).copy_(rounded(view.float(), dtype, random))
+    return made
 
 
 def _new_header(shard: Shard, tensors: list[_Out]) -> bytes:

@@ -76,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, help="the patched checkpoint; must not exist (see --overwrite)")
     _binding_arguments(command)
     command.add_argument("--resize-vocab", action="store_true", help="take over a vocabulary that the patch enlarged")
+    command.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic", "auto"),
+        default="nearest",
+        help="into 16-bit weights: by chance keeps small patches, auto chooses for each weight",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
+    command.add_argument("--keep-zeros", action="store_true", help="weights that are 0 stay 0 (2:4 sparsity)")
     _dtype_argument(command)
     command.add_argument("--backend", default="auto", help="auto, torch, cpu or triton")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -287,6 +295,9 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.out,
         in_place=arguments.in_place,
         **options,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
+        keep_zeros=arguments.keep_zeros,
         dtype=_dtype(arguments),
         backend=arguments.backend,
         overwrite=arguments.overwrite,
@@ -305,6 +316,10 @@ def _apply(arguments: argparse.Namespace) -> int:
         f"read {report.bytes_read / 1e9:.2f} GB and wrote {report.bytes_written / 1e9:.2f} GB "
         f"in {report.seconds:.1f} s ({report.gigabytes_per_second:.2f} GB/s)"
     )
+    if report.survival:
+        shares = sorted(report.survival.values())
+        median, least = shares[len(shares) // 2], shares[0]
+        print(f"survives rounding: {median:.1%} of what was added (median of the weights; least {least:.1%})")
     print(report.out)
     return 0
 
@@ -369,10 +384,11 @@ def _check(arguments: argparse.Namespace) -> int:
         facts = {"verdict": result.verdict, "base": result.base, "weights": weights, "plan": plan.describe()}
         _print_json(facts if drift is None else facts | {"drift": drift.as_dict()})
         return 0
-    rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "moved from base")]
+    rows = [("weights", "count", "rank", "|Δ|/|W| median", "max", "survives", "moved from base")]
     for kind, group in _groups(result.weights, lambda w: w.source, arguments.all).items():
         sizes = sorted(w.relative for w in group)
         moved = sorted(w.moved for w in group if w.moved is not None)
+        survives = sorted(w.survival for w in group if not math.isnan(w.survival))
         rows.append(
             (
                 kind,
@@ -380,13 +396,16 @@ def _check(arguments: argparse.Namespace) -> int:
                 ",".join(str(r) for r in sorted({r for w in group for r in w.ranks})),
                 f"{sizes[len(sizes) // 2]:.2%}",
                 f"{sizes[-1]:.2%}",
+                f"{survives[len(survives) // 2]:.0%}" if survives else "?",
                 f"{moved[len(moved) // 2]:.2%}" if moved else "?",
             )
         )
     _print_table(rows)
     for assign in plan.assigns:
         print(f"replaces {assign.name} {list(assign.value.shape)}")
-    _print_warnings(plan.warnings)
+    from .rounding import lost
+
+    _print_warnings([*plan.warnings, *lost({w.source: w.survival for w in result.weights}, "nearest")])
     base = f" ({result.base})" if result.base else ""
     if drift is not None:
         _print_drift(drift, arguments)

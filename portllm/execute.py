@@ -6,14 +6,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, requantise
 from .errors import PlanError
-from .planning import Assign, Plan, Term, Update
+from .noise import NEAREST, Mode, store_
+from .planning import Assign, Plan, Term, Update, modes_for
+from .quantised import Unit, grouped, survival
 from .reference import accumulation_dtype, ieee_matmul, row_blocks
 
 
@@ -22,17 +25,18 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     prepare(plan, tensors, backend=backend)()
 
 
-def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], None]:
+def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto") -> Callable[[], dict[str, float]]:
     """Do all that can fail, and return the call that writes the plan into ``tensors``.
 
     Factors are brought to the weights' devices and the backend is chosen here; an interrupt that comes while
     weights are being written waits for the last of them, so nothing is ever half-applied.
 
     Args:
-        tensors: must have every name in ``plan.tensors``.
+        tensors: must have every name in ``plan.stored``.
 
     Returns:
-        The call, which may be made more than once. It finds a weight that has got other memory since, or, where
+        The call, which may be made more than once and returns the survival of quantised weights (see
+        ``portllm.live.Applied``). It finds a weight that has got other memory since, or, where
         DoRA or only a part of the tensor is written, raises PlanError before the first write.
 
     Raises:
@@ -46,8 +50,11 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
     weights: list[Tensor] = []
     added: list[Term] = []
     n_terms: list[int] = []
-    dora: list[tuple[Tensor, tuple[Term, ...]]] = []
+    dora: list[tuple[Tensor, tuple[Term, ...], Mode]] = []
+    plain: list[Update] = []
     for update in plan.updates:
+        if update.name in plan.quantised:
+            continue
         matrix = tensor = tensors[update.name]
         if not update.region.is_whole(tensor):
             matrix = update.region.view(tensor.detach())
@@ -55,17 +62,21 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             fixed[update.name] = tensor
         terms = [_on_device(term, tensor.device, to_device) for term in update.terms]
         if update.is_dora:
-            dora.append((matrix, tuple(terms)))
+            dora.append((matrix, tuple(terms), update.mode))
         else:
+            plain.append(update)
             weights.append(matrix)
             added += terms
             n_terms.append(len(terms))
     lora_A, lora_B = [term.lora_A for term in added], [term.lora_B for term in added]
-    add = ops.Prepared(weights, lora_A, lora_B, [term.scaling for term in added], n_terms, backend)
+    scalings = [term.scaling for term in added]
+    add = ops.Prepared(weights, lora_A, lora_B, scalings, n_terms, backend, modes_for(plain))
+    requantised = _Requantise(plan, tensors, to_device, backend)
+    fixed |= {name: tensors[name] for weight in plan.quantised.values() for name in weight.parts}
     places = {name: _place(tensor) for name, tensor in fixed.items()}
-    inference = any(tensors[name].is_inference() for name in plan.tensors)
+    inference = any(tensors[name].is_inference() for name in plan.stored)
 
-    def write() -> None:
+    def write() -> dict[str, float]:
         for name, tensor in fixed.items():
             if _place(tensor) != places[name]:
                 raise PlanError(f"{name} has other memory or another shape than when the plan was prepared for it")
@@ -73,10 +84,41 @@ def prepare(plan: Plan, tensors: Mapping[str, Tensor], *, backend: str = "auto")
             for assign, tensor, value in assigns:
                 assign_(assign, tensor, value)
             add()
-            for matrix, terms in dora:
-                dora_(matrix, terms)
+            for matrix, terms, mode in dora:
+                dora_(matrix, terms, mode)
+            return requantised()
 
     return write
+
+
+class _Requantise:
+    """The updates of a plan's quantised weights, and what they write to."""
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], to_device: Mover, backend: str) -> None:
+        self._backend = backend
+        self._work: list[tuple[Unit, dict[str, Tensor], list[float]]] = []
+        factors = {name: weight.global_scales(tensors.__getitem__) for name, weight in plan.quantised.items()}
+        for unit in grouped(plan.updates, plan.quantised):
+            weight = unit.weight
+            device = tensors[weight.codes].device
+            requantise.backend_for(tensors[weight.codes], backend)
+            parts = {}
+            for name, span in weight.spans(unit.start, unit.stop).items():
+                if not tensors[name].is_contiguous():
+                    raise PlanError(f"{name} is not contiguous; make it so first: tensor.data = tensor.contiguous()")
+                parts[name] = tensors[name].detach().view(-1)[slice(*span)]
+            if weight.nested is not None:
+                parts[weight.nested.table] = tensors[weight.nested.table]
+            terms = tuple(_on_device(term, device, to_device) for term in unit.terms)
+            self._work.append((replace(unit, terms=terms), parts, factors[weight.name]))
+
+    def __call__(self) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for unit, parts, factors in self._work:
+            made = unit.run(parts, factors, self._backend).cpu()
+            name = unit.weight.name
+            sums[name] = sums[name] + made if name in sums else made
+        return {name: survival(total) for name, total in sums.items()}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -99,13 +141,14 @@ def _lerp(old: Tensor, new: Tensor, strength: float) -> Tensor:
     return torch.lerp(old.to(dtype), new.to(dtype), strength)
 
 
-def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
+def dora_(weight: Tensor, terms: tuple[Term, ...], mode: Mode = NEAREST) -> None:
     """DoRA in place (arXiv 2402.09353, eq. 5): ``W <- W + sum_t strength_t (m_t (W + D_t) / ||W + D_t|| - W)``.
 
     Args:
         weight: [m, n].
         terms: DoRA terms, each with the norm over its own axis; plain terms among them add ``D_t``. Every term
             sees the weight as it was before the call, so that several adapters do not depend on their order.
+        mode: how the result is rounded.
     """
     dtype = accumulation_dtype(weight)
     with ieee_matmul():
@@ -123,7 +166,7 @@ def dora_(weight: Tensor, terms: tuple[Term, ...]) -> None:
                     else:
                         tuned *= _ratio(magnitude, column_norm)
                 total = tuned if alone else total + (tuned - base) * term.strength
-            weight[rows] = total.to(weight.dtype)
+            store_(weight, total, mode, rows)
 
 
 def _delta(term: Term, rows: slice, dtype: torch.dtype) -> Tensor:

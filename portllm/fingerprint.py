@@ -24,6 +24,7 @@ from .live import Live, as_patches, live_target
 from .live import plan as plan_live
 from .patch import Patch
 from .planning import Plan, Update
+from .rounding import survival
 
 METADATA_KEY = "portllm.base"
 _SAMPLES = 64
@@ -85,6 +86,8 @@ class WeightCheck:
         same_as_base: whether the bytes are the base's; None without a fingerprint.
         moved: estimated ||W' - W|| / ||W|| against the base; None without a fingerprint.
         cosine: of the sampled values with the base's; None without a fingerprint.
+        survival: the share of what is added that is left after rounding (see ``portllm.rounding.survival``); NaN for
+            quantised weights, of which ``apply`` says it.
     """
 
     source: str
@@ -95,6 +98,7 @@ class WeightCheck:
     same_as_base: bool | None = None
     moved: float | None = None
     cosine: float | None = None
+    survival: float = 1.0
 
     @property
     def relative(self) -> float:
@@ -126,12 +130,16 @@ def check_weights(patch: Patch, plan: Plan, read: Read) -> Check:
     results = []
     for source, updates in by_source(plan).items():
         delta = weight = 0.0
+        dtype = read(updates[0].name).dtype
         for update in updates:
             d, w = update_norms(update, read(update.name))
             delta, weight = delta + d * d, weight + w * w
         names = tuple(dict.fromkeys(u.name for u in updates))
         ranks = tuple(sorted({t.rank for u in updates for t in u.terms}))
-        result = WeightCheck(source, names, ranks, math.sqrt(delta), math.sqrt(weight))
+        kept = math.nan  # of quantised weights, which are measured as they are written
+        if not any(update.name in plan.quantised for update in updates):
+            kept = survival(updates, lambda u, rows: u.region.view(read(u.name).detach())[list(rows)], dtype)
+        result = WeightCheck(source, names, ranks, math.sqrt(delta), math.sqrt(weight), survival=kept)
         old = fingerprint.weights.get(source) if fingerprint else None
         if old is not None:
             result = _compare(result, old, _print(updates, read))
@@ -164,7 +172,7 @@ def stamp(patch: Patch | str | os.PathLike[str], base: Live | str | os.PathLike[
     else:
         plan = plan_live(base, loaded)
         name = getattr(getattr(base, "config", None), "name_or_path", "") or loaded.config.base_model or ""
-        read = live_target(base).tensors.__getitem__
+        read = live_target(base).read
     return loaded.with_metadata(**{METADATA_KEY: fingerprint(plan, read, name or None).to_json()})
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from .errors import PlanError
 from .execute import execute, hold_interrupts, prepare
 from .patch import Patch
 from .planning import Plan
+from .quantised import find
+from .rounding import Kind, Rounding, reader, survivals
 
 if TYPE_CHECKING:
     from .undo import Exact
@@ -35,12 +37,24 @@ class Applied:
         plan: what was written.
         backend: as asked for.
         active: false once removed.
+        quantised: of each quantised weight what ``survival`` says of it, measured as it was written.
     """
 
     target: Live
     plan: Plan
     backend: str = "auto"
     active: bool = True
+    quantised: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def survival(self) -> dict[str, float]:
+        """For each weight, the share of what was added that is left after rounding: <W' - W, D> / ||D||^2.
+
+        An estimate, computed now, from 16 rows of each weight as it is now, whose steps are those that it had before;
+        of quantised weights what was measured.
+        """
+        live = live_target(self.target)
+        return survivals(self.plan, live.weights, reader(live.tensors, live.aliases)) | dict(self.quantised)
 
     def remove(self) -> None:
         """Subtract what was added: each weight may end one rounding away from where it began (see undo="exact").
@@ -66,6 +80,9 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Exact: ...
 
@@ -81,6 +98,9 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Applied: ...
 
@@ -95,6 +115,9 @@ def apply(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
     backend: str = "auto",
 ) -> Applied:
     """Add a patch, or several in one pass, to a live model, in place: ``W <- round(W + sum_i s_i B_i A_i)``.
@@ -114,6 +137,10 @@ def apply(
         tied: "once" patches a tied weight once, under whichever name the patch speaks of it; "untie" gives each
             of its names a tensor of its own first.
         expert_layout: "out_in" or "in_out", only where stacked experts' matrices are square.
+        rounding: how sums become 16-bit weights: "nearest"; "stochastic", by chance, so that on average nothing is
+            lost, however small the patch; "auto", for each weight what loses less (see ``portllm.rounding.Rounding``).
+        seed: of the random bits. They depend on it and on the place in the model, not on how the model is stored.
+        keep_zeros: weights that are 0 stay 0 (2:4 sparsity).
         backend: see ``portllm.ops.backend_for``.
 
     Returns:
@@ -126,8 +153,10 @@ def apply(
         RecordError: with undo="exact", weights that have patches on them were written to since.
         All before the first weight is touched. An interrupt during the writes is delivered after the last one.
     """
+    how = Rounding(rounding, seed, keep_zeros)
     live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
     _check_live(made, live)
+    made = _rounded(made, live, how)
     if undo != "subtract":
         return _exact(target, made, live, undo, verify, backend)
     if made.untie and not isinstance(target, nn.Module | MutableMapping):
@@ -136,8 +165,8 @@ def apply(
     write = prepare(made, {**live.tensors, **clones}, backend=backend)
     with hold_interrupts():
         _untie(target, made.untie, clones)
-        write()
-    return Applied(target, made, backend)
+        quantised = write()
+    return Applied(target, made, backend, quantised=quantised)
 
 
 def _exact(target: Live, made: Plan, live: Target, undo: Undo, verify: bool | str, backend: str) -> Exact:
@@ -158,12 +187,12 @@ def remove(target: Live, patch: Patches, scale: float = 1.0, **options: Any) -> 
     """
     backend = options.pop("backend", "auto")
     strict = options.pop("strict", True)
+    how = Rounding(options.pop("rounding", "nearest"), options.pop("seed", 0), options.pop("keep_zeros", False))
     live, made = _bound(target, as_patches(patch, scale), Options(**options), strict)
     if made.untie:
         raise PlanError(f"{min(made.untie)} is still tied, so no patch was applied with tied='untie'; leave it out")
-    negated = made.negated()
-    _check_live(negated, live)
-    execute(negated, live.tensors, backend=backend)
+    _check_live(made, live)
+    execute(_rounded(made, live, how).negated(), live.tensors, backend=backend)
 
 
 def plan(
@@ -174,9 +203,20 @@ def plan(
     strict: bool = True,
     tied: Tied = "once",
     expert_layout: ExpertLayout | None = None,
+    rounding: Kind = "nearest",
+    seed: int = 0,
+    keep_zeros: bool = False,
 ) -> Plan:
-    """What ``apply`` would do, without doing it; meta tensors are welcome. Args and errors as ``apply``."""
-    return _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)[1]
+    """What ``apply`` would do, without doing it. Args and errors as ``apply``.
+
+    Meta tensors are welcome; only rounding="auto" needs the values.
+    """
+    live, made = _bound(target, as_patches(patch, scale), Options(tied, expert_layout), strict)
+    return _rounded(made, live, Rounding(rounding, seed, keep_zeros))
+
+
+def _rounded(made: Plan, live: Target, how: Rounding) -> Plan:
+    return how.settle(made, live.weights, reader(live.tensors, {**live.aliases, **made.untie}))
 
 
 def _bound(target: Live, patches: list[tuple[Patch, float]], options: Options, strict: bool) -> tuple[Target, Plan]:
@@ -207,6 +247,7 @@ def live_target(target: Live) -> Target:
     if isinstance(target, nn.Module):
         named: dict[str, Tensor] = dict(target.named_parameters(remove_duplicate=False))
         named.update(target.named_buffers(remove_duplicate=False))
+        named.update(_beside_weights(target))
         transposed = _conv1d_names(target)
     elif isinstance(target, Mapping):
         named = {str(name): tensor for name, tensor in target.items() if isinstance(tensor, Tensor)}
@@ -224,7 +265,31 @@ def live_target(target: Live) -> Target:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    return Target(tensors, aliases, transposed, declared=isinstance(target, nn.Module))
+    found = find(tensors, tensors.__getitem__, _quantization_config(target))
+    return Target(tensors, aliases, transposed, isinstance(target, nn.Module), found)
+
+
+def _beside_weights(model: nn.Module) -> dict[str, Tensor]:
+    """bitsandbytes keeps scales as attributes; they get the names that they have in its state dicts."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        name = f"{path}.weight" if path else "weight"
+        if type(weight).__name__ == "Params4bit" and (state := getattr(weight, "quant_state", None)) is not None:
+            found |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        elif type(weight).__name__ == "Int8Params":
+            scales = getattr(weight, "SCB", None)
+            scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+            if scales is not None:
+                found[f"{name.removesuffix('.weight')}.SCB"] = scales
+    return found
+
+
+def _quantization_config(target: Live) -> Mapping[str, Any]:
+    config: Any = getattr(getattr(target, "config", None), "quantization_config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return config if isinstance(config, Mapping) else {}
 
 
 def _unknown(name: str) -> bool | None:
@@ -254,7 +319,7 @@ def _conv1d_names(model: nn.Module) -> Callable[[str], bool | None]:
 
 def _check_live(plan: Plan, live: Target) -> None:
     """Raise PlanError for a weight that the plan changes, but that cannot be written in place."""
-    for name in plan.tensors:
+    for name in plan.stored:
         tensor = live.tensors[live.aliases.get(name, name)]
         if tensor.is_meta:
             raise PlanError(

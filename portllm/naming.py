@@ -159,7 +159,7 @@ class Names:
             PlanError: the name fits two places equally well.
         """
         found: dict[str, list[Placement]] = {}
-        for spelling in _spellings(name):
+        for spelling in spellings(name):
             placements = self._direct(spelling) or self._in_fused(spelling, rows) or self._in_parts(spelling, rows)
             placements = placements or self._in_stack(spelling, rows)
             if placements and spelling in (name, canonical(name)):
@@ -174,7 +174,7 @@ class Names:
 
     def place_expert(self, parameter: str, expert: int, rows: int) -> tuple[str, list[Placement]]:
         """As ``place`` for one expert of a stacked parameter ``....experts.gate_up_proj``."""
-        for spelling in _spellings(parameter):
+        for spelling in spellings(parameter):
             for name in (spelling, f"{spelling}.weight"):
                 if name in self._index and len(self.shape(self._index[name])) == 3:
                     return spelling, [Placement(self._index[name], expert)]
@@ -254,7 +254,7 @@ def _rows_of_part(parts: tuple[str, ...], leaf: str, rows: int, total: int, name
     return start, stop
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
     """The name as it stands, in one spelling, then under each other prefix; longest prefix taken off first."""
     yield name
     base = canonical(name)

@@ -22,19 +22,21 @@ from .reference import FLOAT_DTYPES
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
-_Launcher = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]], None]
+_Launcher = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int], Sequence[int]], None
+]
 
 _ARGUMENTS = "Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms"
-torch.library.define("portllm::lowrank_add_", f"({_ARGUMENTS}, str backend='auto') -> ()")
+torch.library.define("portllm::lowrank_add_", f"({_ARGUMENTS}, str backend='auto', int[] modes=[]) -> ()")
 # The compiled libraries only add implementations to these schemas, so the ops exist with and without them.
-torch.library.define("portllm::lowrank_add_cpu_", f"({_ARGUMENTS}) -> ()")
+torch.library.define("portllm::lowrank_add_cpu_", f"({_ARGUMENTS}, int[] modes=[]) -> ()")
 torch.library.define("portllm::lowrank_add_cuda_", f"({_ARGUMENTS}) -> ()")
 torch.library.define(
     "portllm::lowrank_exchange_cpu_",
     f"({_ARGUMENTS.replace('n_terms', 'n_old, int[] n_new')}, Tensor lengths, Tensor data) -> (Tensor, Tensor, Tensor)",
 )
 # The same call, read once: prepare returns the number by which run and release know it.
-torch.library.define("portllm::lowrank_add_cpu_prepare", f"({_ARGUMENTS.replace('(a!)', '')}) -> int")
+torch.library.define("portllm::lowrank_add_cpu_prepare", f"({_ARGUMENTS.replace('(a!)', '')}, int[] modes=[]) -> int")
 torch.library.define("portllm::lowrank_add_cpu_run", "(int prepared) -> ()")
 torch.library.define("portllm::lowrank_add_cpu_release", "(int prepared) -> ()")
 
@@ -46,6 +48,7 @@ def lowrank_add_(
     scalings: Sequence[float],
     n_terms: Sequence[int],
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
 
@@ -58,20 +61,23 @@ def lowrank_add_(
         scalings: one factor for each term (alpha / r, or alpha / sqrt(r)).
         n_terms: how many terms belong to each weight; ``sum(n_terms)`` is the length of the factor lists.
         backend: "auto", or one of ``BACKENDS``.
+        modes: empty, or four ints for each weight, one after the other: a ``noise.Mode``.
 
-    Factors are used as stored; products and sums are fp32 (fp64 for fp64 weights), with one round to nearest
-    even into the weight's dtype. Deterministic on one backend.
+    Factors are used as stored; products and sums are fp32 (fp64 for fp64 weights), with one rounding into the weight's
+    dtype: to nearest even, or as the weight's mode says. Deterministic on one backend.
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices do not fit; nothing has been written then.
         BackendError: the backend is not available, or does not take such a weight; nothing has been written then.
     """
     if not weights:
-        _check(weights, lora_A, lora_B, scalings, n_terms)  # without a tensor the dispatcher does not know where to go
+        _check(
+            weights, lora_A, lora_B, scalings, n_terms, backend, modes
+        )  # without a tensor the dispatcher does not know where to go
     elif _watched(weights, lora_A, lora_B) or weights[0].is_meta:
-        torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend)
+        torch.ops.portllm.lowrank_add_(weights, lora_A, lora_B, scalings, n_terms, backend, modes)
     else:  # each step of the dispatcher copies the lists, which costs more than updating a small weight
-        _bump_versions(_dispatch, weights, lora_A, lora_B, scalings, n_terms, backend)
+        _bump_versions(_dispatch, weights, lora_A, lora_B, scalings, n_terms, backend, modes)
 
 
 def lowrank_exchange_(
@@ -222,26 +228,27 @@ class Prepared:
         scalings: Sequence[float],
         n_terms: Sequence[int],
         backend: str = "auto",
+        modes: Sequence[int] = (),
     ) -> None:
         self._arguments = list(weights), list(lora_A), list(lora_B), list(scalings), list(n_terms)
-        self._backend = backend
+        self._backend, self._modes = backend, list(modes)
         self._number: int | None = None
-        chosen = set(backends_for(weights, backend).values())
+        chosen = set(backends_for(weights, backend, modes).values())
         if chosen != {"cpu"} or _watched(weights, lora_A, lora_B):
-            _check(*self._arguments)
+            _check(*self._arguments, backend, modes)
             return
-        with _explained(*self._arguments):
-            self._number = torch.ops.portllm.lowrank_add_cpu_prepare(*self._arguments)
+        with _explained(*self._arguments, self._modes):
+            self._number = torch.ops.portllm.lowrank_add_cpu_prepare(*self._arguments, self._modes)
         weakref.finalize(self, torch.ops.portllm.lowrank_add_cpu_release, self._number).atexit = False
 
     def __call__(self) -> None:
         if self._number is None or _watched():
-            lowrank_add_(*self._arguments, self._backend)
+            lowrank_add_(*self._arguments, self._backend, self._modes)
         else:
             _bump_versions(self._run, *self._arguments)
 
     def _run(self, *arguments: Any) -> None:
-        with _explained(*arguments):
+        with _explained(*arguments, self._modes):
             torch.ops.portllm.lowrank_add_cpu_run(self._number)
 
 
@@ -269,13 +276,14 @@ def _dispatch(
     scalings: Sequence[float],
     n_terms: Sequence[int],
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
-    chosen = backends_for(weights, backend)
+    chosen = backends_for(weights, backend, modes)
     launchers = {name: _launcher(name) for name in chosen.values()}
     if launchers.keys() != {"cpu"}:  # the compiled library checks for itself
-        _check(weights, lora_A, lora_B, scalings, n_terms)
+        _check(weights, lora_A, lora_B, scalings, n_terms, backend, modes)
     if len(launchers) == 1:
-        next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms)
+        next(iter(launchers.values()))(weights, lora_A, lora_B, scalings, n_terms, modes)
         return
     starts = [0, *accumulate(n_terms)]
     for name, launch in launchers.items():
@@ -287,6 +295,7 @@ def _dispatch(
             [lora_B[t] for t in terms],
             [scalings[t] for t in terms],
             [n_terms[i] for i in indices],
+            [number for i in indices for number in modes[4 * i : 4 * i + 4]],
         )
 
 
@@ -297,8 +306,13 @@ def _check(
     scalings: Sequence[float],
     n_terms: Sequence[int],
     backend: str = "auto",
+    modes: Sequence[int] = (),
 ) -> None:
     total = sum(n_terms)
+    if modes and len(modes) != 4 * len(weights):
+        raise ValueError(f"lowrank_add_: modes has {len(modes)} ints, but {len(weights)} weights need four each")
+    if any(not 0 <= flags < 8 for flags in modes[::4]):
+        raise ValueError(f"lowrank_add_: modes has the flags {max(modes[::4], key=abs)}, of which there are three bits")
     lengths = len(lora_A), len(lora_B), len(scalings)
     if len(n_terms) != len(weights) or lengths != (total, total, total):
         raise ValueError(
@@ -334,8 +348,13 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def backend_for(weight: Tensor, requested: str = "auto") -> str:
+def backend_for(weight: Tensor, requested: str = "auto", *, plain: bool = True) -> str:
     """The one place where the backend for a weight is chosen.
+
+    Args:
+        weight: only its device and dtype matter.
+        requested: "auto", or one of ``BACKENDS``.
+        plain: the call has no modes; "cuda" takes none.
 
     Order: ``requested``, else the environment's PORTLLM_BACKEND, else the fastest that is available for the
     weight's device and dtype: CPU: "cpu" (the compiled library), then "torch"; CUDA: "triton", then "torch".
@@ -351,15 +370,20 @@ def backend_for(weight: Tensor, requested: str = "auto") -> str:
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
     reason = unavailable(name) or _takes(name, weight)
+    if name == "cuda" and not plain:
+        reason = reason or "it rounds to nearest only, and keeps no zeros; 'triton' and 'torch' do"
     if reason:
         raise BackendError(f"backend {name!r} cannot update a {_describe(weight)} on {weight.device}: {reason}")
     return name
 
 
-def backends_for(weights: Sequence[Tensor], requested: str = "auto") -> dict[tuple[torch.device, torch.dtype], str]:
-    """``backend_for`` weights of each device and dtype, which is all that it depends on."""
+def backends_for(
+    weights: Sequence[Tensor], requested: str = "auto", modes: Sequence[int] = ()
+) -> dict[tuple[torch.device, torch.dtype], str]:
+    """``backend_for`` weights of each device and dtype, which is all that it depends on beside the modes."""
     kinds = {(weight.device, weight.dtype): weight for weight in weights}
-    return {kind: backend_for(weight, requested) for kind, weight in kinds.items()}
+    options = {"plain": False} if modes else {}
+    return {kind: backend_for(weight, requested, **options) for kind, weight in kinds.items()}
 
 
 def _takes(name: str, weight: Tensor) -> str | None:
@@ -403,8 +427,7 @@ def _launcher(name: str) -> _Launcher:
     if name == "cpu":
         return _cpu
     if name == "cuda":
-        op: Any = torch.ops.portllm.lowrank_add_cuda_
-        return op
+        return _cuda
     if name == "triton":
         return _triton
     return reference.lowrank_add_
@@ -415,6 +438,10 @@ def _cpu(*arguments: Any) -> None:
         torch.ops.portllm.lowrank_add_cpu_(*arguments)
 
 
+def _cuda(*arguments: Any) -> None:
+    torch.ops.portllm.lowrank_add_cuda_(*arguments[:5])  # backend_for sees to it that there are no modes
+
+
 @contextmanager
 def _explained(*arguments: Any) -> Iterator[None]:
     """The compiled library refuses what ``_check`` does, before the first write, but in fewer words."""
@@ -422,7 +449,8 @@ def _explained(*arguments: Any) -> Iterator[None]:
         yield
     except RuntimeError:
         try:
-            _check(*arguments)
+            weights, lora_A, lora_B, scalings, n_terms, modes = arguments
+            _check(weights, lora_A, lora_B, scalings, n_terms, modes=modes)
         except ValueError as error:
             raise error from None
         raise
@@ -434,10 +462,11 @@ def _triton(
     lora_B: Sequence[Tensor],
     scalings: Sequence[float],
     n_terms: Sequence[int],
+    modes: Sequence[int],
 ) -> None:
     from . import kernels
 
-    kernels.lowrank_add_(weights, _narrowed(lora_A), _narrowed(lora_B), scalings, n_terms)
+    kernels.lowrank_add_(weights, _narrowed(lora_A), _narrowed(lora_B), scalings, n_terms, modes)
 
 
 def _narrowed(factors: Sequence[Tensor]) -> list[Tensor]:

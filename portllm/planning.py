@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .errors import PlanError
+from .noise import FLIPPED, KEEP_ZEROS, STOCHASTIC, Mode
 from .reference import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from .quantised import Quantised
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,16 @@ class Update:
     def is_dora(self) -> bool:
         return any(term.magnitude is not None for term in self.terms)
 
+    @property
+    def mode(self) -> Mode:
+        """How the op is to store the sums."""
+        zeros = KEEP_ZEROS * self.keep_zeros
+        if self.noise is None:
+            return Mode(zeros)
+        key = self.noise.key - (self.noise.key >> 63 << 64)  # as signed
+        flags = STOCHASTIC | zeros | FLIPPED * self.noise.flipped
+        return Mode(flags, key, self.noise.row, self.noise.column)
+
     def cut(self, rows: slice, columns: slice) -> Update:
         """The update for a rectangle of its region: the same bits there. Slices count from the region's first element.
 
@@ -197,6 +211,7 @@ class Plan:
         unmatched_patch: the patch's modules and tensors that the target does not have.
         unmatched_target: the target's modules that the patch's target_modules cover, but that it has no factors for.
         warnings: what a user should know, one line each.
+        quantised: of the weights that change, those that are stored as codes and scales.
     """
 
     updates: tuple[Update, ...]
@@ -205,11 +220,18 @@ class Plan:
     unmatched_patch: tuple[str, ...] = ()
     unmatched_target: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that change, in order, without repeats."""
+        """Names of the tensors (quantised: of the weights) that change, in order, without repeats."""
         return tuple(dict.fromkeys([*(a.name for a in self.assigns), *(u.name for u in self.updates)]))
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """As ``tensors``, with codes and scales in the place of quantised weights."""
+        parts = ((name,) if name not in self.quantised else self.quantised[name].parts for name in self.tensors)
+        return tuple(part for names in parts for part in names)
 
     @property
     def is_linear(self) -> bool:
@@ -238,8 +260,14 @@ class Plan:
         """The plan that subtracts what this one adds, with the opposite noise.
 
         Raises:
-            PlanError: the plan replaces values, or has DoRA terms: no subtraction brings the old values back.
+            PlanError: the plan replaces values, has DoRA terms, or changes quantised weights: no subtraction brings
+                the old values back.
         """
+        if self.quantised:
+            raise PlanError(
+                f"{some(tuple(self.quantised))} cannot be subtracted: the sum was quantised, and the old codes cannot "
+                "be told from it; keep a copy of them, or load the model again"
+            )
         if not self.is_linear:
             names = [a.name for a in self.assigns] + [u.name for u in self.updates if u.is_dora]
             raise PlanError(
@@ -284,6 +312,12 @@ class Plan:
             f"Plan({len(self.updates)} updates, {len(self.assigns)} assigns, {len(self.unmatched_patch)} unmatched in "
             f"the patch, {len(self.unmatched_target)} in the target)"
         )
+
+
+def modes_for(updates: Sequence[Update]) -> list[int]:
+    """The updates' modes as the op takes them: an empty list if all are the plain one."""
+    modes = [update.mode for update in updates]
+    return [number for mode in modes for number in mode] if any(mode.flags for mode in modes) else []
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

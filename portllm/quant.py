@@ -425,6 +425,11 @@ def _nearest(table: Tensor, values: Tensor, bits: Tensor | None) -> Tensor:
     return (lower + is_upper).to(torch.uint8)
 
 
+def nearest_in(table: Tensor, values: Tensor) -> Tensor:
+    """Indices, uint8, of the nearest values in an ascending table of at most 256."""
+    return _nearest(table, values, None)
+
+
 def _power_of_two_above(values: Tensor) -> Tensor:
     """The smallest power of two that is no smaller, as e8m0."""
     mantissa, exponent = torch.frexp(values)

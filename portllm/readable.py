@@ -32,7 +32,7 @@ class ReadableModel:
         return cls(str(name or f"the {role} model"), live_target(model), None)
 
     def read(self, name: str) -> Tensor:
-        return self.target.tensors[name].detach() if self.checkpoint is None else self.checkpoint.read(name)
+        return self.target.read(name) if self.checkpoint is None else self.checkpoint.read(name)
 
     def files(self) -> list[tuple[str, int, int]]:
         """What tells these files from others, and from what they were before."""
@@ -42,4 +42,4 @@ class ReadableModel:
         return [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
     def nbytes(self, name: str) -> int:
-        return self.target.tensors[name].nbytes
+        return self.target.weights[name].nbytes

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .noise import modes_of, store_
+
 # Elements of the fp32 scratch block: large enough for the matrix library, small enough to stay in cache.
 _BLOCK_ELEMENTS = 1 << 21
 
@@ -53,6 +55,7 @@ def lowrank_add_(
     lora_B: Sequence[Tensor],
     scalings: Sequence[float],
     n_terms: Sequence[int],
+    modes: Sequence[int] = (),
 ) -> None:
     """In place, for each weight: ``W <- round(W + sum_t scaling_t * (lora_B_t @ lora_A_t))``.
 
@@ -62,19 +65,19 @@ def lowrank_add_(
         lora_B: [m, r] each, as ``lora_A``.
         scalings: one factor for each term.
         n_terms: how many terms belong to each weight.
+        modes: empty, or a ``noise.Mode`` for each weight, one after the other.
 
     Products are summed in fp32 (fp64 for fp64 weights), scaled, summed over the terms and added to the weight
-    in that dtype; then one round to nearest even into the weight's dtype.
+    in that dtype; then one rounding into the weight's dtype: to nearest even, or as its mode says.
     """
     first = 0
     with ieee_matmul():
-        for weight, count in zip(weights, n_terms, strict=True):
+        for weight, count, mode in zip(weights, n_terms, modes_of(modes, len(weights)), strict=True):
             terms = slice(first, first + count)
             first += count
             delta = Delta(weight, lora_A[terms], lora_B[terms], scalings[terms])
             for rows in row_blocks(*weight.shape):
-                block = weight[rows]
-                block.copy_(delta.rows(rows).add_(block))
+                store_(weight, delta.rows(rows).add_(weight[rows]), mode, rows)
 
 
 class Delta:

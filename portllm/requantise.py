@@ -79,7 +79,7 @@ def backend_for(codes: Tensor, requested: str = "auto") -> str:
     name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
     if name not in ("auto", *BACKENDS):
         raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
-    reason = _unavailable() if codes.device.type == "cpu" else f"it runs on the CPU only, not on {codes.device}"
+    reason = unavailable_on_cpu() if codes.device.type == "cpu" else f"it runs on the CPU only, not on {codes.device}"
     if name == "cpu" and reason:
         raise BackendError(f"backend 'cpu' cannot update a quantised weight: {reason}")
     # Triton and CUDA kernels of this op there are none yet.
@@ -87,7 +87,7 @@ def backend_for(codes: Tensor, requested: str = "auto") -> str:
 
 
 @cache
-def _unavailable() -> str | None:
+def unavailable_on_cpu() -> str | None:
     """Why the compiled library cannot requantise, or None if it can."""
     missing = unavailable("cpu")
     if missing is not None:

@@ -20,11 +20,12 @@ from .errors import CheckpointError
 from .files import read_exactly, undo_directory
 from .hub import resolve
 from .naming import split, tied_names
+from .quantised import Found, find, read_weight
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -168,10 +169,26 @@ class Checkpoint:
             name: torch.empty(stored.shape, dtype=stored.dtype or torch.uint8, device="meta")
             for name, (_, stored) in self.locations.items()
         }
-        return Target(tensors, self._aliases(), self._transposed)
+        return Target(tensors, self._aliases(), self._transposed, quantised=self.quantised)
+
+    @cached_property
+    def quantised(self) -> Found:
+        """The weights that are stored as codes and scales."""
+        tensors = {
+            name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+            for name, (_, stored) in self.locations.items()
+            if stored.dtype is not None
+        }
+        config = self.config.get("quantization_config")
+        return find(tensors, self.read_stored, config if isinstance(config, dict) else {})
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, read from disk."""
+        """One whole weight, read from disk; what is quantised in fp32."""
+        weight = self.quantised.weights.get(name)
+        return self.read_stored(name) if weight is None else read_weight(weight, self.read_stored)
+
+    def read_stored(self, name: str) -> Tensor:
+        """One whole tensor as it is stored, read from disk."""
         shard, stored = self.locations[name]
         return read_tensor(shard, stored)
 

@@ -5,8 +5,8 @@ gives; whatever is put on, taken out from the middle or weakened, is an exchange
 (``ops.lowrank_exchange_``), through the base's exact bits. So no history is left in the weights: taking a patch out
 is, bit for bit, never having applied it.
 
-What is not a sum (replaced values, DoRA), and regions that overlap in part, have a copy of the tensor instead of
-records.
+What is not a sum rounded to nearest (replaced values, DoRA, stochastic rounding, kept zeros), and regions that overlap
+in part, have a copy of the tensor instead of records.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import ops
 from .errors import RecordError
 from .execute import assign_, dora_, hold_interrupts
+from .noise import Mode
 from .planning import Assign, Plan, Region, Term, Update, some
 from .record import Record
 
@@ -43,7 +44,8 @@ class Layer:
 
     @property
     def is_sum(self) -> bool:
-        return not self.assigns and not any(update.is_dora for update in self.updates)
+        """Whether records can take it off: a sum that is rounded to nearest, also where it was 0."""
+        return not self.assigns and not any(update.is_dora or update.mode.flags for update in self.updates)
 
     def scaled(self, factor: float) -> Layer:
         """The same at ``factor`` times its strength."""
@@ -203,6 +205,13 @@ def _terms(layers: Layers) -> dict[Region, tuple[Term, ...]]:
     return terms
 
 
+def _mode(layers: Layers, region: Region) -> Mode:
+    """How the sum of all layers on a region is rounded: once, with the noise of the first that has any."""
+    updates = [update for layer in layers.values() for update in layer.updates if update.region == region]
+    noise = next((update.noise for update in updates if update.noise is not None), None)
+    return replace(updates[0], noise=noise, keep_zeros=any(update.keep_zeros for update in updates)).mode
+
+
 def _rewrite(tensor: Held, layers: Layers, copy: Tensor, backend: str) -> None:
     """The layers on the tensor as it was, of which ``copy`` is, or becomes, the copy."""
     if tensor.copy is None:
@@ -216,10 +225,11 @@ def _rewrite(tensor: Held, layers: Layers, copy: Tensor, backend: str) -> None:
     for region, terms in _terms(layers).items():
         view = region.view(tensor.tensor)
         if any(term.magnitude is not None for term in terms):
-            dora_(view, terms)
+            dora_(view, terms, _mode(layers, region))
         else:
             lora_A, lora_B = [term.lora_A for term in terms], [term.lora_B for term in terms]
-            ops.lowrank_add_([view], lora_A, lora_B, [term.scaling for term in terms], [len(terms)], backend)
+            scalings, mode = [term.scaling for term in terms], _mode(layers, region)
+            ops.lowrank_add_([view], lora_A, lora_B, scalings, [len(terms)], backend, list(mode) if mode.flags else [])
 
 
 def _verify(tensors: Sequence[Held]) -> None:

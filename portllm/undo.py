@@ -156,6 +156,11 @@ class _Key:
 
 def _layers(plan: Plan, tensors: Mapping[str, Tensor]) -> list[tuple[Held, Layer]]:
     """The plan by tensor, with its factors on the tensor's device."""
+    if plan.quantised:
+        raise PlanError(
+            f"{min(plan.quantised)} is quantised, and there is no record that takes a patch off codes and scales: "
+            "keep a copy of the model's tensors, and leave undo out"
+        )
     if plan.untie:
         raise PlanError(f"untying {min(plan.untie)} cannot be undone; leave tied='untie' out, or undo='exact'")
     assigns: dict[str, list[Assign]] = defaultdict(list)

@@ -188,6 +188,7 @@ def test_apply_json_says_the_same(run: Run, model: Path, adapter: Path, tmp_path
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert report.pop("seconds") > 0
     assert report.pop("gigabytes_per_second") > 0
+    assert set(report.pop("survival")) == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "qv"}
     assert report == {
         "out": str(tmp_path / "out"), "shards": 2, "tensors_updated": 4, "tensors_copied": 4, "bytes_read": size,
         "bytes_written": size, "warnings": [],
@@ -432,7 +433,8 @@ def test_check(run: Run, model: Path, adapter: Path, tmp_path: Path, verdict: st
         sizes = sorted(w["relative"] for w in weights)
         assert cells[3:5] == [f"{sizes[1]:.2%}", f"{sizes[1]:.2%}"]
         moved = sorted(w["moved"] for w in weights) if verdict != "unknown" else []
-        assert cells[5] == (f"{moved[1]:.2%}" if moved else "?")
+        assert cells[5] == f"{sorted(w['survival'] for w in weights)[1]:.0%}"
+        assert cells[6] == (f"{moved[1]:.2%}" if moved else "?")
     assert len(run("check", adapter, target, "--all")[1].splitlines()) == len(out.splitlines()) + 2
 
 

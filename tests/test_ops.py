@@ -451,7 +451,7 @@ def test_schema() -> None:
     schema = torch.ops.portllm.lowrank_add_.default._schema
     assert str(schema) == (
         "portllm::lowrank_add_(Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, "
-        'int[] n_terms, str backend="auto") -> ()'
+        'int[] n_terms, str backend="auto", int[] modes=[]) -> ()'
     )
     assert schema.is_mutable
     assert [a.is_write for a in (arg.alias_info for arg in schema.arguments) if a is not None] == [True]

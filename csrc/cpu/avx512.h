@@ -4,10 +4,31 @@
 #include <immintrin.h>
 
 #include "cpu/half.h"
+#include "cpu/rounding.h"
 #include "cpu/undo.h"
 
 namespace portllm {
 namespace {
+
+// Stores again what was zero before, two vectors of float or double, or one of 16-bit numbers.
+template <class E>
+[[gnu::always_inline]] inline void restore_zeros_512(E* w, const E* before) {
+  if constexpr (sizeof(E) == 2) {
+    const __m512i old = _mm512_loadu_si512(before);
+    _mm512_mask_storeu_epi16(w, _mm512_testn_epi16_mask(old, _mm512_set1_epi16(0x7fff)), old);
+  } else if constexpr (sizeof(E) == 4) {
+    for (int i = 0; i < 32; i += 16) {
+      const __m512i old = _mm512_loadu_si512(before + i);
+      _mm512_mask_storeu_epi32(w + i, _mm512_testn_epi32_mask(old, _mm512_set1_epi32(0x7fffffff)), old);
+    }
+  } else {
+    for (int i = 0; i < 16; i += 8) {
+      const __m512i old = _mm512_loadu_si512(before + i);
+      const __m512i size = _mm512_set1_epi64(0x7fffffffffffffff);
+      _mm512_mask_storeu_epi64(w + i, _mm512_testn_epi64_mask(old, size), old);
+    }
+  }
+}
 
 struct Avx512Single {
   using Real = float;
@@ -16,6 +37,11 @@ struct Avx512Single {
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
   static constexpr bool kPairs = false;
+  template <class E>
+  static void restore_zeros(E* w, const E* before) {
+    restore_zeros_512(w, before);
+  }
+
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -87,6 +113,84 @@ struct Avx512Single {
   static void update(float* w, Vec first, Vec second) {
     store(w, no_nan_payload(_mm512_add_ps(load(w), first)));
     store(w + kWidth, no_nan_payload(_mm512_add_ps(load(w + kWidth), second)));
+  }
+
+  // 16 numbers below 2^32 that the compiler computes with; those of every other column from `col` on, or of
+  // each.
+  using Words = uint32_t __attribute__((vector_size(64)));
+  static __m512i random(const RowMode& mode, uint32_t col, uint32_t step) {
+    const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (__m512i)mode.bits(lanes * step + col);
+  }
+
+  // Magnitudes above this one may need care.
+  static bool any_above(Vec a, Vec b, int most) {
+    const auto above = [&](Vec x) {
+      const __m512i size = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+      return _mm512_cmpgt_epi32_mask(size, _mm512_set1_epi32(most));
+    };
+    return above(a) | above(b);
+  }
+
+  // Element by element.
+  template <class E, int kStep>
+  [[gnu::noinline]] static void narrow_each(E* w, const Vec (&sums)[2], const __m512i (&random)[2]) {
+    for (int half = 0; half < 2; ++half) {
+      float x[kWidth];
+      uint32_t r[kWidth];
+      store(x, sums[half]);
+      _mm512_storeu_si512(r, random[half]);
+      E* out = w + half * (kStep == 2 ? 1 : kWidth);
+      for (int i = 0; i < kWidth; ++i) out[i * kStep] = narrow_by_chance(E{}, x[i], r[i]);
+    }
+  }
+
+  static void update_by_chance(bf16* w, Vec even, Vec odd, const RowMode& mode, uint32_t col) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i both = _mm512_loadu_si512(w);
+    even = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), even);
+    odd = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), odd);
+    const __m512i r[] = {random(mode, col, 2), random(mode, col + 1, 2)};
+    if (any_above(even, odd, 0x7f7f0000)) [[unlikely]] {  // the largest number, which none carries past
+      return narrow_each<bf16, 2>(w, {even, odd}, r);
+    }
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even), _mm512_srli_epi32(r[0], 16));
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), _mm512_srli_epi32(r[1], 16));
+    _mm512_storeu_si512(w, _mm512_ternarylogic_epi32(upper, high, _mm512_srli_epi32(low, 16), 0xca));
+  }
+
+  // Numbers of fp32 up to the largest of fp16.
+  static __m256i narrowed(Vec x, __m512i bits) {
+    const __m512i pattern = _mm512_castps_si512(x);
+    const __m512i size = _mm512_and_si512(pattern, _mm512_set1_epi32(0x7fffffff));
+    __m512i found = _mm512_sub_epi32(size, _mm512_set1_epi32(0x38000000));
+    found = _mm512_srli_epi32(_mm512_add_epi32(found, _mm512_srli_epi32(bits, 19)), 13);
+    const __mmask16 subnormal = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(0x38800000));
+    if (subnormal) {
+      const Vec steps = _mm512_mul_ps(_mm512_castsi512_ps(size), _mm512_set1_ps(0x1p24f));
+      const __m512i whole = _mm512_cvttps_epi32(steps);
+      const Vec rest = _mm512_sub_ps(steps, _mm512_cvtepi32_ps(whole));
+      const Vec chance = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(bits, 8)),
+                                       _mm512_set1_ps(0x1p-24f));
+      const __mmask16 up = _mm512_cmp_ps_mask(_mm512_add_ps(rest, chance), _mm512_set1_ps(1.0f),
+                                              _CMP_GE_OQ);
+      const __m512i small = _mm512_mask_add_epi32(whole, up, whole, _mm512_set1_epi32(1));
+      found = _mm512_mask_mov_epi32(found, subnormal, small);
+    }
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(pattern, 16), _mm512_set1_epi32(0x8000));
+    return _mm512_cvtepi32_epi16(_mm512_or_si512(found, sign));
+  }
+
+  static void update_by_chance(fp16* w, Vec first, Vec second, const RowMode& mode, uint32_t col) {
+    auto* p = reinterpret_cast<__m256i*>(w);
+    first = _mm512_add_ps(_mm512_cvtph_ps(_mm256_loadu_si256(p)), first);
+    second = _mm512_add_ps(_mm512_cvtph_ps(_mm256_loadu_si256(p + 1)), second);
+    const __m512i r[] = {random(mode, col, 1), random(mode, col + kWidth, 1)};
+    if (any_above(first, second, 0x477fe000)) [[unlikely]] {
+      return narrow_each<fp16, 1>(w, {first, second}, r);
+    }
+    _mm256_storeu_si256(p, narrowed(first, r[0]));
+    _mm256_storeu_si256(p + 1, narrowed(second, r[1]));
   }
 
   // What guess() in undo.h gives, for 32 words.
@@ -217,6 +321,11 @@ struct Avx512Double {
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
   static constexpr bool kPairs = false;
+  template <class E>
+  static void restore_zeros(E* w, const E* before) {
+    restore_zeros_512(w, before);
+  }
+
   static Vec zero() { return _mm512_setzero_pd(); }
   static Vec set1(double x) { return _mm512_set1_pd(x); }
   static Vec load(const double* p) { return _mm512_loadu_pd(p); }

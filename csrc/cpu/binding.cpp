@@ -1,6 +1,7 @@
 // The CPU implementations of the ops of updates, whose schemas portllm/ops.py defines:
 //   lowrank_add_cpu_(
-//       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms) -> ()
+//       Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms,
+//       int[] modes=[]) -> ()
 //   lowrank_add_cpu_prepare(the same) -> int, and with what it returns
 //   lowrank_add_cpu_run(int prepared) -> (), lowrank_add_cpu_release(int prepared) -> ()
 //   lowrank_exchange_cpu_(
@@ -23,19 +24,35 @@ namespace {
 // How many weights a thread reads at least.
 constexpr int64_t kGrain = 1024;
 
-// The first five arguments of an op. They keep the tensors, not their memory: each read finds where it is now.
+// The first five arguments of an op, and its modes, if it has them. They keep the tensors, not their memory: each read finds where it is now.
 struct Arguments {
-  explicit Arguments(StableIValue* stack)
+  explicit Arguments(StableIValue* stack, bool has_modes)
       : tensors(stack[0]),
         lora_A(stack[1]),
         lora_B(stack[2]),
         scalings(stack[3]),
-        n_terms(integers(stack[4])) {}
+        n_terms(integers(stack[4])),
+        modes(has_modes ? integers(stack[5]) : std::vector<int64_t>{}) {}
 
   Tensors tensors, lora_A, lora_B;
   List scalings;
   std::vector<int64_t> n_terms;
+  std::vector<int64_t> modes;
 };
+
+// Of a weight's flags, key, row and column; the flags are those of portllm/noise.py.
+portllm::Mode mode_of(const int64_t* numbers) {
+  const int64_t flags = numbers[0];
+  STD_TORCH_CHECK(flags >= 0 && flags < 8, "lowrank_add_cpu_: unknown flags among the modes");
+  portllm::Mode mode;
+  mode.stochastic = flags & 1;
+  mode.keep_zeros = flags & 2;
+  mode.flipped = flags & 4;
+  mode.key = static_cast<uint64_t>(numbers[1]);
+  mode.row = static_cast<uint32_t>(numbers[2]);
+  mode.column = static_cast<uint32_t>(numbers[3]);
+  return mode;
+}
 
 struct Problem {
   std::vector<portllm::Weight> weights;
@@ -48,7 +65,8 @@ Problem read(const Arguments& given) {
   const auto total = static_cast<int64_t>(given.lora_A.size());
   STD_TORCH_CHECK(given.n_terms.size() == given.tensors.size() &&
                       given.lora_B.size() == given.lora_A.size() &&
-                      given.scalings.size() == given.lora_A.size(),
+                      given.scalings.size() == given.lora_A.size() &&
+                      (given.modes.empty() || given.modes.size() == 4 * given.tensors.size()),
                   "lowrank_add_cpu_: the lists do not have fitting lengths");
   Problem problem{std::vector<portllm::Weight>(count), std::vector<portllm::Term>(total)};
   auto& [weights, terms] = problem;
@@ -60,6 +78,7 @@ Problem read(const Arguments& given) {
     STD_TORCH_CHECK(w && n > 0 && n <= total - end, "lowrank_add_cpu_: weights[", i,
                     "] must be a 2-D tensor of floats on the CPU, with one term or more");
     weights[i] = {w->matrix, w->rows, w->cols, {terms.data() + end, static_cast<size_t>(n)}};
+    if (!given.modes.empty()) weights[i].mode = mode_of(&given.modes[4 * i]);
     end += n;
   }
   std::atomic<bool> fit = end == total;
@@ -97,7 +116,7 @@ void lowrank_add_(const Arguments& given) {
   work(job);
 }
 
-void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) { lowrank_add_(Arguments(stack)); }
+void lowrank_add_cpu_(StableIValue* stack, uint64_t, uint64_t) { lowrank_add_(Arguments(stack, true)); }
 
 // A 1-D contiguous tensor on the CPU.
 template <class T>
@@ -174,7 +193,7 @@ class Exchange {
 };
 
 void lowrank_exchange_cpu_(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments given(stack);
+  Arguments given(stack, false);
   const std::vector<int64_t> n_old = given.n_terms, n_new = integers(stack[5]);
   const auto lengths = torch::stable::detail::to<Tensor>(stack[6]);
   const auto data = torch::stable::detail::to<Tensor>(stack[7]);
@@ -252,7 +271,7 @@ Calls& calls() {
 }
 
 void prepare(StableIValue* stack, uint64_t, uint64_t) {
-  auto call = std::make_shared<const Arguments>(stack);
+  auto call = std::make_shared<const Arguments>(stack, true);
   read(*call);
   stack[0] = torch::stable::detail::from(calls().add(std::move(call)));
 }

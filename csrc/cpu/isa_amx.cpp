@@ -284,7 +284,7 @@ void multiply_tile(const Weight& weight, const Chunks& chunks, const uint32_t* a
 }
 
 // All terms are either added or taken off: Job sees to that where there is a matrix unit.
-template <class E>
+template <class E, bool kModes>
 bool amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
                       void* scratch, Recorded& recorded) {
   std::optional<Exchange<S, E>> exchange;
@@ -297,9 +297,11 @@ bool amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
   memory_is_read();
   _tile_loadconfig(&config);
   alignas(64) float sums[2][kRows * kColumns];
+  RowModes<kModes, kRows> modes;
   for (; row < row_end; row += kRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kRows, row_end - row));
     pack_b(weight, panel, row, rows);
+    modes.begin(weight, row);
     memory_is_read();
     Target<E> done{};
     const auto finish = [&](const float* finished, int64_t tile) {
@@ -314,9 +316,9 @@ bool amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
         }
         return exchange->end(done.cols);
       }
-      if (done.cols < kColumns || col_stride != 1) return update_edge<S>(done, finished);
+      if (done.cols < kColumns || col_stride != 1) return update_edge<S>(done, finished, modes);
       for (int i = 0; i < done.rows; ++i) {
-        update_row<S>(done.w + i * row_stride, finished + i * kColumns);
+        update_row<S>(done.w + i * row_stride, finished + i * kColumns, modes, i, done.col);
       }
     };
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -329,8 +331,9 @@ bool amx_update_block(const Weight& weight, int64_t row, int64_t row_end, int64_
       _tile_stored(1, mine + 16, kColumns * sizeof *mine);
       _tile_stored(2, mine + 32, kColumns * sizeof *mine);
       _tile_stored(3, mine + 48, kColumns * sizeof *mine);
-      done = {at<E>(weight.w, row, col + tile * kColumns), row_stride, col_stride, rows,
-              static_cast<int>(std::min<int64_t>(kColumns, cols - tile * kColumns))};
+      const int64_t first = col + tile * kColumns;
+      done = {at<E>(weight.w, row, first), row_stride, col_stride, rows,
+              static_cast<int>(std::min<int64_t>(kColumns, cols - tile * kColumns)), first};
     }
     finish(sums[(tiles - 1) % 2], tiles - 1);
     if (exchange) exchange->end_rows();
@@ -345,7 +348,8 @@ bool amx_update(const Weight& weight, int64_t row, int64_t row_end, int64_t col,
   with_type(weight.w.dtype, [&](auto e) {
     using E = decltype(e);
     if constexpr (!std::is_same_v<E, double>) {
-      fits = amx_update_block<E>(weight, row, row_end, col, cols, scratch, recorded);
+      const auto update = weight.mode.any() ? amx_update_block<E, true> : amx_update_block<E, false>;
+      fits = update(weight, row, row_end, col, cols, scratch, recorded);
     }
   });
   return fits;

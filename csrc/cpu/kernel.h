@@ -21,6 +21,7 @@
 #include "cpu/half.h"
 #include "cpu/lowrank_add.h"
 #include "cpu/requantise_kernel.h"
+#include "cpu/rounding.h"
 #include "cpu/skinny_kernel.h"
 #include "cpu/undo.h"
 
@@ -201,6 +202,7 @@ struct Target {
   int64_t col_stride;
   int rows;
   int cols;
+  int64_t col;  // the first one's in W
 };
 
 template <class S>
@@ -227,12 +229,14 @@ template <class S, bool kPairs>
   }
 }
 
-template <class S, class E>
-[[gnu::always_inline]] inline void update_row(E* w, const typename S::Real* sums) {
+// Row i of a tile, whose first element is in column `col` of W.
+template <class S, class E, class Modes>
+[[gnu::always_inline]] inline void update_row(E* w, const typename S::Real* sums, const Modes& modes,
+                                              int i, int64_t col) {
 #pragma GCC unroll 4
   for (int v = 0; v < S::kVectors; v += 2) {
-    const typename S::Real* sum = sums + v * S::kWidth;
-    S::update(w + v * S::kWidth, S::load(sum), S::load(sum + S::kWidth));
+    const int at = v * S::kWidth;
+    modes.template update<S>(i, w + at, S::load(sums + at), S::load(sums + at + S::kWidth), col + at);
   }
 }
 
@@ -283,8 +287,9 @@ void add_term(const typename S::Real* a, const typename S::Real* b, int64_t coun
 }
 
 // A tile that W does not fill, or whose columns lie apart: through a buffer.
-template <class S, class E>
-[[gnu::noinline]] void update_edge(const Target<E>& target, const typename S::Real* sums) {
+template <class S, class E, class Modes>
+[[gnu::noinline]] void update_edge(const Target<E>& target, const typename S::Real* sums,
+                                   const Modes& modes) {
   constexpr int kPair = 2 * S::kWidth;
   for (int i = 0; i < target.rows; ++i) {
     for (int j = 0; j < target.cols; j += kPair) {
@@ -293,7 +298,7 @@ template <class S, class E>
       E buffer[kPair] = {};
       for (int c = 0; c < count; ++c) buffer[c] = w[c * target.col_stride];
       const typename S::Real* sum = sums + i * kCols<S> + j;
-      S::update(buffer, S::load(sum), S::load(sum + S::kWidth));
+      modes.template update<S>(i, buffer, S::load(sum), S::load(sum + S::kWidth), target.col + j);
       for (int c = 0; c < count; ++c) w[c * target.col_stride] = buffer[c];
     }
   }
@@ -503,7 +508,7 @@ template <class S, class SumsOf, class Done>
   }
 }
 
-template <class S, class E>
+template <class S, class E, bool kModes>
 void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t col, int64_t cols,
                   typename S::Real* a) {
   using Real = typename S::Real;
@@ -513,27 +518,30 @@ void update_block(const Weight& weight, int64_t row, int64_t row_end, int64_t co
   Real* b = a;
   for (const Term& term : weight.terms) b += a_size<S>(term, cols);
   alignas(64) Real sums[2][kR * kC];
+  RowModes<kModes, kR> modes;
   for (; row < row_end; row += kR) {
     const int rows = static_cast<int>(std::min<int64_t>(kR, row_end - row));
     pack_b_terms<S>(weight, row, rows, b);
+    modes.begin(weight, row);
     Target<E> done{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
       fetch_ahead<kR, kC>(at<E>(weight.w, row, col), row_stride, tile, tiles);
       Real* mine = sums[tile % 2];
       const Real* finished = sums[1 - tile % 2];
       const auto update = [&](int i) __attribute__((always_inline)) {
-        update_row<S>(done.w + i * row_stride, finished + i * kC);
+        update_row<S>(done.w + i * row_stride, finished + i * kC, modes, i, done.col);
       };
       add_terms<S>(weight, cols, tile, a, b, [&](size_t) { return mine; }, done.rows, update);
       const int width = static_cast<int>(std::min<int64_t>(kC, cols - tile * kC));
-      done = {at<E>(weight.w, row, col + tile * kC), row_stride, col_stride, rows, width};
+      const int64_t first = col + tile * kC;
+      done = {at<E>(weight.w, row, first), row_stride, col_stride, rows, width, first};
       if (width < kC || col_stride != 1) {
-        update_edge<S>(done, mine);
+        update_edge<S>(done, mine, modes);
         done.rows = 0;
       }
     }
     for (int i = 0; i < done.rows; ++i) {
-      update_row<S>(done.w + i * row_stride, sums[(tiles - 1) % 2] + i * kC);
+      update_row<S>(done.w + i * row_stride, sums[(tiles - 1) % 2] + i * kC, modes, i, done.col);
     }
   }
 }
@@ -627,8 +635,10 @@ bool exact_update(const Weight& weight, int64_t row, int64_t row_end, int64_t co
       auto* const a = static_cast<typename S::Real*>(scratch);
       if (weight.undoes()) {
         fits = exchange_block<FewRows<S>, E>(weight, row, row_end, col, cols, a, recorded);
+      } else if (weight.mode.any()) {
+        update_block<S, E, true>(weight, row, row_end, col, cols, a);
       } else {
-        update_block<S, E>(weight, row, row_end, col, cols, a);
+        update_block<S, E, false>(weight, row, row_end, col, cols, a);
       }
     }
   });

@@ -131,7 +131,10 @@ Job::Job(const Isa& isa, std::vector<Weight> weights, int64_t threads)
     // Factors of small weights lie anywhere in memory, and here only their first row is looked at.
     if (i + 8 < weights_.size()) __builtin_prefetch(weights_[i + 8].terms.front().a.data);
     Weight& weight = weights_[i];
-    if (weight.lies_turned()) transpose(weight.w, weight.rows, weight.cols, weight.terms);
+    if (weight.lies_turned()) {
+      transpose(weight.w, weight.rows, weight.cols, weight.terms);
+      weight.mode.turned = true;
+    }
     const auto old = weight.terms.first(weight.old_terms);
     const auto now = weight.terms.subspan(weight.old_terms);
     if (!old.empty()) weight.kernel = choose_kernel(isa, weight, old);

@@ -59,6 +59,18 @@ struct Record {
   std::vector<int64_t> starts = {};  // where in data each row begins; set by Job
 };
 
+// How the sums of a weight are stored; see portllm/noise.py.
+struct Mode {
+  bool stochastic = false;  // by chance; else to nearest. Weights of more than 16 bits always to nearest
+  bool keep_zeros = false;
+  bool flipped = false;  // each random bit is its opposite
+  bool turned = false;   // rows and columns have changed places; set by Job
+  uint64_t key = 0;
+  uint32_t row = 0, column = 0;  // of the weight's first element in the whole tensor
+
+  bool any() const { return stochastic || keep_zeros; }
+};
+
 struct Weight {
   Matrix w;  // [rows, cols]
   int64_t rows;
@@ -70,6 +82,7 @@ struct Weight {
   Record record = {};
   uint16_t* lengths = nullptr;
   const Kernel* kernel = nullptr;  // set by Job
+  Mode mode = {};
 
   bool undoes() const { return old_terms > 0 || lengths; }
 
@@ -83,7 +96,8 @@ struct Weight {
 // that with a matrix unit, so that all of them give one result to the last bit (c is float, or double
 // where W is double):
 //   sum = 0; for t: { d = 0; for k: d = fma(B[i,k], A[k,j], d); sum = fma(s, d, sum); }
-//   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one.
+//   w = round_to_nearest_even(c(w) + sum), with every NaN written as the positive quiet one; or as the
+//   weight's mode says.
 // Where the first terms are taken off, W becomes what it was before they were added, to the bit, before
 // the others are added.
 // Only fp64 factors of narrower weights are rounded, to float, before. On the matrix unit the sum is
