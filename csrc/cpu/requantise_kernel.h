@@ -16,6 +16,7 @@
 
 #include "cpu/half.h"
 #include "cpu/requantise.h"
+#include "cpu/rounding.h"
 
 namespace portllm {
 namespace {
@@ -473,13 +474,6 @@ class Scales {
 };
 
 // -- random bits --------------------------------------------------------------------------------------------------
-
-template <class T>
-[[gnu::always_inline]] inline T mix(T x) {
-  x = (x ^ x >> 16) * 0x21F0AAADu;
-  x = (x ^ x >> 15) * 0xD35A2D97u;
-  return x ^ x >> 15;
-}
 
 // Those of `count` elements in a row from (row, column) of the weight on, kPiece at most, filled up to whole lanes.
 inline void random_bits(const Quantised& weight, int64_t row, int64_t column, int64_t count, uint32_t* out) {
