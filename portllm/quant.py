@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .noise import KEEP_ZEROS, STOCHASTIC, bits, modes_of
 from .reference import Delta, ieee_matmul
 
 # Larger blocks than this (the scale of a whole tensor) keep their scale by range alone, for which one number has to be
@@ -25,8 +26,6 @@ from .reference import Delta, ieee_matmul
 LARGEST_TILED_BLOCK = 1 << 16
 # Weights that are in fp32 at a time, if blocks are no larger.
 TILE_ELEMENTS = 1 << 18
-
-STOCHASTIC, KEEP_ZEROS = 1, 2  # flags in ``modes[0]``
 
 E8M0 = torch.float8_e8m0fnu
 E4M3 = torch.float8_e4m3fn
@@ -255,8 +254,7 @@ class _Update:
 
     def __init__(self, weight: _Weight, delta: Delta, modes: Sequence[int]) -> None:
         self._weight, self._delta = weight, delta
-        flags, *self._position = modes or (0, 0, 0, 0)
-        self._is_stochastic, self._keeps_zeros = bool(flags & STOCHASTIC), bool(flags & KEEP_ZEROS)
+        (self._mode,) = modes_of(modes, 1)
         self.sums = torch.zeros(3, dtype=torch.float64, device=weight._codes.device)
 
     def small_blocks(self, rows: slice) -> None:
@@ -295,7 +293,7 @@ class _Update:
         old = weight.decode(codes, scales)
         delta = weight.to_blocks(self._delta.rows(rows))
         total = old + delta
-        if self._keeps_zeros:
+        if self._mode.flags & KEEP_ZEROS:
             total = torch.where(old == 0, old, total)
         return codes, old, delta, total
 
@@ -309,45 +307,13 @@ class _Update:
         weight = self._weight
         scales = weight.scales_of(rows)
         chosen = nearest
-        if self._is_stochastic:
-            key, row, column = self._position
-            shape = rows.stop - rows.start, weight.shape[1]
-            bits = weight.to_blocks(random_bits(key, row + rows.start, column, shape, codes.device))
+        if self._mode.flags & STOCHASTIC:
+            random = weight.to_blocks(bits(self._mode, rows, weight.shape[1], codes.device))
             stays = (total == old) & ~renew[:, None, :, None]
-            chosen = torch.where(stays, codes, weight.encode(total, scales, bits))
+            chosen = torch.where(stays, codes, weight.encode(total, scales, random))
         weight.write_codes(rows, chosen)
         change, delta = weight.decode(chosen, scales).double() - old, delta.double()
         self.sums += torch.stack([delta.square().sum(), (change * delta).sum(), change.square().sum()])
-
-
-# -- random bits -------------------------------------------------------------------------------------------------
-
-
-def random_bits(key: int, row: int, column: int, shape: Shape, device: torch.device | None = None) -> Tensor:
-    """32 random bits, in int64, for each element of a rectangle that begins at (row, column) of a whole tensor.
-
-    Each depends on key and position alone, so that a weight gets the same in whatever pieces it is rounded.
-    """
-    low, high = key & _MASK, key >> 32 & _MASK
-    rows = torch.arange(row, row + shape[0], device=device)[:, None]
-    columns = torch.arange(column, column + shape[1], device=device)
-    row_a = _mix(rows & _MASK ^ low)
-    row_b = _mix(row_a ^ high)
-    return _mix(_times(columns & _MASK ^ row_a, 0x9E3779B9) + row_b & _MASK)
-
-
-_MASK = 0xFFFFFFFF
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = _times(x ^ x >> 16, 0x21F0AAAD)
-    x = _times(x ^ x >> 15, 0xD35A2D97)
-    return x ^ x >> 15
-
-
-def _times(x: Tensor, factor: int) -> Tensor:
-    """The low 32 bits of a product, of which no part overflows int64."""
-    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & _MASK
 
 
 def _rounds_up(fraction: Tensor, bits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portllm import quant
 from portllm.errors import BackendError
-from portllm.quant import E8M0, LARGEST_TILED_BLOCK, SCHEMES, dequantise, random_bits
+from portllm.quant import E8M0, LARGEST_TILED_BLOCK, SCHEMES, dequantise
 from portllm.requantise import lowrank_requantise_
 
 Shape = tuple[int, int]
@@ -218,24 +218,6 @@ def test_nearest_and_ties_and_saturation(name: str) -> None:
     for low, high, value, code in zip(lower, upper, found[tied], codes[tied].tolist(), strict=True):
         assert value in (low, high)
         assert code % 2 == 0 or float(value) == 0.0
-
-
-def test_random_bits_are_those_of_their_definition() -> None:
-    def mix(x: int) -> int:
-        x ^= x >> 16
-        x = x * 0x21F0AAAD & 0xFFFFFFFF
-        x ^= x >> 15
-        x = x * 0xD35A2D97 & 0xFFFFFFFF
-        return x ^ x >> 15
-
-    for key in (0, 1, (1 << 64) - 1, int(torch.randint(1 << 62, ()))):
-        row, column = int(torch.randint(1 << 20, ())), int(torch.randint(1 << 20, ()))
-        found = random_bits(key - (key >> 63 << 64), row, column, (5, 7)).tolist()
-        for i in range(5):
-            row_a = mix(key & 0xFFFFFFFF ^ row + i)
-            row_b = mix(row_a ^ key >> 32)
-            for j in range(7):
-                assert found[i][j] == mix((column + j ^ row_a) * 0x9E3779B9 + row_b & 0xFFFFFFFF)
 
 
 def largest_steps(weight: Weight, total: Tensor) -> Tensor:

@@ -15,8 +15,8 @@
 #include <limits>
 
 #include "cpu/half.h"
+#include "cpu/noise.h"
 #include "cpu/requantise.h"
-#include "cpu/rounding.h"
 
 namespace portllm {
 namespace {
@@ -477,13 +477,9 @@ class Scales {
 
 // Those of `count` elements in a row from (row, column) of the weight on, kPiece at most, filled up to whole lanes.
 inline void random_bits(const Quantised& weight, int64_t row, int64_t column, int64_t count, uint32_t* out) {
-  const auto low = static_cast<uint32_t>(weight.key), high = static_cast<uint32_t>(weight.key >> 32);
-  const uint32_t row_a = mix(low ^ (weight.row + static_cast<uint32_t>(row)));
-  const uint32_t row_b = mix(row_a ^ high);
+  const auto key = RowKey<uint32_t>::of(weight.key, weight.row + static_cast<uint32_t>(row));
   const uint32_t first = weight.column + static_cast<uint32_t>(column);
-  for (int j = 0; j < to_lanes(count); ++j) {
-    out[j] = mix(((first + j) ^ row_a) * 0x9E3779B9u + row_b);
-  }
+  for (int j = 0; j < to_lanes(count); ++j) out[j] = key.bits(first + j);
 }
 
 // -- one block ----------------------------------------------------------------------------------------------------

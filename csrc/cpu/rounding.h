@@ -10,32 +10,10 @@
 
 #include "cpu/half.h"
 #include "cpu/lowrank_add.h"
+#include "cpu/noise.h"
 
 namespace portllm {
 namespace {
-
-// A permutation of 32 bits; T is uint32_t or a vector of them.
-template <class T>
-[[gnu::always_inline]] inline T mix(T x) {
-  x ^= x >> 16;
-  x *= 0x21F0AAADu;
-  x ^= x >> 15;
-  x *= 0xD35A2D97u;
-  return x ^ x >> 15;
-}
-
-// What the bits of a row are made with.
-template <class T>
-struct RowKey {
-  T a;
-  T b;
-};
-
-template <class T>
-[[gnu::always_inline]] inline RowKey<T> row_key(const Mode& mode, T row) {
-  const T a = mix(row ^ static_cast<uint32_t>(mode.key));
-  return {a, mix(a ^ static_cast<uint32_t>(mode.key >> 32))};
-}
 
 // How the elements of one row of W are to be stored. Where W lies turned, a row here is a column of the
 // whole tensor.
@@ -47,7 +25,7 @@ class RowMode {
         row_(static_cast<uint32_t>(row) + (mode.turned ? mode.column : mode.row)),
         col_(mode.turned ? mode.row : mode.column),
         flip_(mode.flipped ? ~0u : 0u),
-        key_(row_key(mode, row_)) {}
+        key_(RowKey<uint32_t>::of(mode.key, row_)) {}
 
   bool stochastic() const { return mode_->stochastic; }
   bool keeps_zeros() const { return mode_->keep_zeros; }
@@ -57,15 +35,12 @@ class RowMode {
   [[gnu::always_inline]] T bits(T columns) const {
     columns += col_;
     if (mode_->turned) [[unlikely]] {
-      const RowKey<T> key = row_key(*mode_, columns);
-      return mix((key.a ^ row_) * kStep + key.b) ^ flip_;
+      return RowKey<T>::of(mode_->key, columns).bits(T{} + row_) ^ flip_;
     }
-    return mix((columns ^ key_.a) * kStep + key_.b) ^ flip_;
+    return key_.bits(columns) ^ flip_;
   }
 
  private:
-  static constexpr uint32_t kStep = 0x9E3779B9u;
-
   const Mode* mode_ = nullptr;
   uint32_t row_ = 0, col_ = 0, flip_ = 0;
   RowKey<uint32_t> key_{};
