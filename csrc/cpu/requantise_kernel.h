@@ -197,7 +197,7 @@ struct Mini {
     const I binade = (I)size & 0x7f800000;
     const I exponent = binade > kLeastBits ? binade : I{} + kLeastBits;
     // A step is 2^(exponent - steps' bits).
-    const F steps = size * (F)(((254 + 23 - kDrop) << 23) - exponent);
+    const F steps = size * (F)(((254u + 23 - kDrop) << 23) - (U)exponent);
     const I whole = __builtin_convertvector(steps, I);
     const F fraction = steps - __builtin_convertvector(whole, F);
     I up = fraction + __builtin_convertvector((I)(bits >> 8), F) * 0x1p-24f >= 1.0f;
