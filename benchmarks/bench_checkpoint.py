@@ -6,6 +6,9 @@ Each way runs in a fresh process, in turn, ``--repeats`` times after one warm-up
 dropped from it (cold); its time ends when its output is synced to disk. Extra memory is the process's high-water mark
 less what it held when the work began (libraries imported, nothing loaded). The limit of a patched copy is a plain copy;
 that of a patch in place, and of its removal, is to read the bytes of the tensors that change and to write them back.
+
+With ``--format fp8`` the linear weights are float8 e4m3 with a scale for each 128 x 128 of them, as DeepSeek has; they
+are only patched in a copy, and not by PEFT.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=None, help="where to make the checkpoint (default: a temporary folder)"
     )
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="in this order; in place before remove")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="in this order; in place before remove")
+    parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16", help="of the linear weights")
     parser.add_argument("--cold", action="store_true", help="the model is not in the page cache")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
@@ -47,6 +51,7 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(_work(arguments.worker, arguments.cold, *arguments.paths)))
         return
+    arguments.ways = arguments.ways or (WAYS if arguments.format == "bf16" else ("copy", "portllm"))
     with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="portllm-bench-") as folder:
         results = run(Path(folder), arguments)
     _print(results)
@@ -59,7 +64,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     import machine
 
     model, adapter = folder / "model", folder / "adapter"
-    size = make_checkpoint(model, arguments.size_gb, arguments.shards)
+    size = make_checkpoint(model, arguments.size_gb, arguments.shards, arguments.format)
     make_adapter(adapter, model, arguments.rank)
     samples: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     for repeat in range(arguments.repeats + 1):
@@ -74,6 +79,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "checkpoint",
         "cold": arguments.cold,
+        "format": arguments.format,
         "machine": machine.describe(),
         "bytes": size,
         "shards": arguments.shards,
@@ -91,14 +97,15 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_checkpoint(path: Path, size_gb: float, shards: int) -> int:
-    """A Llama-type bf16 checkpoint of about the size, made a shard at a time; returns its bytes."""
+def make_checkpoint(path: Path, size_gb: float, shards: int, form: str) -> int:
+    """A Llama-type checkpoint of about the size, made a shard at a time; returns its bytes."""
     import torch
     from safetensors.torch import save_file
 
     hidden, inner, vocabulary, heads, kv_heads = 2048, 8192, 32000, 32, 8
     kv = hidden // heads * kv_heads
-    per_layer = 2 * (hidden * (2 * hidden + 2 * kv + 3 * inner) + 2 * hidden)
+    width = 1 if form == "fp8" else 2
+    per_layer = width * hidden * (2 * hidden + 2 * kv + 3 * inner) + 4 * hidden
     layers = max(shards, round((size_gb * 1e9 - 4 * vocabulary * hidden) / per_layer))
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
@@ -110,15 +117,23 @@ def make_checkpoint(path: Path, size_gb: float, shards: int) -> int:
         shapes |= {f"{p}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
     path.mkdir()
-    total = sum(2 * torch.Size(s).numel() for s in shapes.values())
-    noise = (torch.randn(1 << 26) * 0.02).to(torch.bfloat16)
+    bytes_of = {name: torch.Size(s).numel() * (width if "_proj" in name else 2) for name, s in shapes.items()}
+    total = sum(bytes_of.values())
+    noise = torch.randn(1 << 26)
+    pools = {"bf16": (noise * 0.02).to(torch.bfloat16), "fp8": (noise * 100).clamp(-448, 448).to(torch.float8_e4m3fn)}
     weight_map, part, filled, number = {}, {}, 0, 1
     for name, shape in shapes.items():
+        pool = pools[form if "_proj" in name else "bf16"]
         count = torch.Size(shape).numel()
-        offset = hash(name) % (len(noise) - count) if count < len(noise) else 0
-        part[name] = noise[offset : offset + count].view(shape).clone() if count < len(noise) else noise.view(shape)
-        weight_map[name] = file = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        filled += 2 * count
+        offset = hash(name) % (len(pool) - count) if count < len(pool) else 0
+        tensors = {name: pool[offset : offset + count].view(shape).clone() if count < len(pool) else pool.view(shape)}
+        if pool is pools["fp8"]:
+            grid = tuple(-(-size // 128) for size in shape)
+            tensors[f"{name}_scale_inv"] = torch.rand(grid) * 1e-4 + 1e-4
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        weight_map |= dict.fromkeys(tensors, file)
+        part |= tensors
+        filled += bytes_of[name]
         if filled >= total * number / shards or name == "lm_head.weight":
             save_file(part, path / file, metadata={"format": "pt"})
             part, number = {}, number + 1
@@ -129,6 +144,8 @@ def make_checkpoint(path: Path, size_gb: float, shards: int) -> int:
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "dtype": "bfloat16",
         "num_key_value_heads": kv_heads, "tie_word_embeddings": False,
     }  # fmt: skip
+    if form == "fp8":
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (path / "config.json").write_text(json.dumps(config))
     return total
 
@@ -142,7 +159,7 @@ def make_adapter(path: Path, model: Path, rank: int) -> None:
 
     tensors = {}
     for name, (_, stored) in Checkpoint.open(model).locations.items():
-        if "_proj" in name:
+        if name.endswith("_proj.weight"):
             key = "base_model.model." + name.removesuffix("weight")
             tensors[f"{key}lora_A.weight"] = torch.randn(rank, stored.shape[1]) / stored.shape[1] ** 0.5
             tensors[f"{key}lora_B.weight"] = torch.randn(stored.shape[0], rank) * 0.01

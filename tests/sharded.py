@@ -142,11 +142,9 @@ def build(family: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
     return FAMILIES[family].build(vocab_size=97).to(dtype)  # type: ignore[return-value]
 
 
-def layouts(seed: int, adapters: dict[str, list[str]], only: list[str]) -> None:
+def layouts(seed: int, adapters: dict[str, list[str]]) -> None:
     """Every layout, each family's adapters: apply and remove, exactly; what is sent is a few numbers, no weights."""
-    size = torch.distributed.get_world_size()
-    chosen = {name: world for name, world in worlds(size).items() if not only or name in only}
-    for layout, world in chosen.items():
+    for layout, world in worlds(torch.distributed.get_world_size()).items():
         for family, paths in adapters.items():
             if "tensor parallel" in layout and not family.startswith("llama"):
                 continue

@@ -13,8 +13,8 @@ from torch import nn
 
 import portllm
 
+from . import distributed, sharded
 from .families import FAMILIES, llama, save_adapter
-from .ranks import run
 
 _SETTINGS: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -49,16 +49,16 @@ def _seed() -> int:
 
 
 def test_every_layout_over_two_ranks(adapters: dict[str, list[str]], tmp_path: Path) -> None:
-    run(2, "sharded.layouts", tmp_path, _seed(), adapters, [])
+    distributed.run(sharded.layouts, 2, tmp_path, _seed(), adapters)
 
 
 def test_every_layout_over_four_ranks(adapters: dict[str, list[str]], tmp_path: Path) -> None:
-    run(4, "sharded.layouts", tmp_path, _seed(), adapters, [])
+    distributed.run(sharded.layouts, 4, tmp_path, _seed(), adapters)
 
 
 @pytest.mark.parametrize("what", ["exact", "gathered", "together", "refusals"])
 def test_two_ranks(what: str, adapters: dict[str, list[str]], tmp_path: Path) -> None:
-    run(2, f"sharded.{what}", tmp_path, _seed(), adapters)
+    distributed.run(getattr(sharded, what), 2, tmp_path, _seed(), adapters)
 
 
 def test_a_partitioned_parameter_of_deepspeed_is_refused(adapters: dict[str, list[str]]) -> None:

