@@ -18,11 +18,12 @@ from .errors import CheckpointError, RecordError
 from .execute import hold_interrupts
 from .files import named_errors, read_exactly, write_at
 from .journal import Entry, Journal, Write, read_log
+from .pieces import memory
 from .progress import Progress
 from .shards import Checkpoint, Shard, Stored
 from .stream import stream
 from .sums import digest, from_bytes, sector_sums, to_bytes
-from .transform import Made, Read, Side, Task, Transform, itemsize, memory, signature
+from .transform import Made, Read, Side, Task, Transform, itemsize, signature
 from .undostore import Changed, Piece, State, Store, Undo
 
 # Bytes of a piece, and of the pieces that are one step of the journal; how many steps are in memory at once.

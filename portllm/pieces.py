@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from .planning import Assign, Plan, Region, Update
 from .reference import rows_per_block
@@ -87,6 +91,12 @@ def tensor_plans(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> dict[str, Te
     for assign in plan.assigns:
         assigns.setdefault(assign.name, []).append(assign)
     return {name: TensorPlan(updates.get(name, ()), assigns.get(name, ()), shapes[name]) for name in plan.tensors}
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
+    return memoryview(data)
 
 
 def _assign_for(assign: Assign, start: int, stop: int, columns: int, per_entry: int) -> Assign | None:

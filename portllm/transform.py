@@ -14,7 +14,7 @@ from .bind import ExpertLayout, Options, bind
 from .errors import RecordError
 from .execute import execute
 from .patch import Patch
-from .pieces import TensorPlan, tensor_plans
+from .pieces import TensorPlan, memory, tensor_plans
 from .planning import Plan, Update
 from .record import Record
 from .shards import Checkpoint, Stored
@@ -230,12 +230,6 @@ class Transform:
 def itemsize(stored: Stored) -> int:
     """Bytes of an element; 1 for kinds that torch does not know."""
     return (stored.dtype or torch.uint8).itemsize
-
-
-def memory(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
-    return memoryview(data)
 
 
 def signature(plan: Plan) -> tuple[Any, ...]:

@@ -39,8 +39,8 @@ from portllm import (
     PortllmError,
     UnsupportedPatchError,
     apply_checkpoint,
-    checkpoint,
     cli,
+    copying,
 )
 
 from .tiny import (
@@ -666,7 +666,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "Path.mkdir": (Path, "mkdir"),
     "Path.rename": (Path, "rename"),
     "Path.write_text": (Path, "write_text"),
-    "execute": (checkpoint, "execute"),
+    "execute": (copying, "execute"),
 }
 ENVIRONMENT = [
     ("os.pwrite", errno.ENOSPC, "free some space"),

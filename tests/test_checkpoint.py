@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import portllm
-from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, files, ops, reference
+from portllm import CheckpointError, Patch, PlanError, apply_checkpoint, checkpoint, copying, files, ops, reference
 from portllm.pieces import TensorPlan
 from portllm.shards import Checkpoint
 
@@ -343,7 +343,7 @@ def _count_pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 def test_pieces_of_any_size_give_the_bits_of_the_live_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, chunk: int, block: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block)
     most = _count_pieces(monkeypatch)
     rich = Rich(dtype)
@@ -365,7 +365,7 @@ def test_pieces_of_any_size_give_the_bits_of_the_live_way(
 def test_rounding_gives_the_bits_of_the_live_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 200)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 48)
     rich = Rich(dtype)
     for tensor in rich.named.values():
@@ -435,7 +435,7 @@ def test_rows_that_are_replaced_cross_the_borders_of_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Blocks of rows of a fused weight, single rows, and shares of them, against plain indexing."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 20)
     named = {"model.embed_tokens.weight": torch.randn(VOCAB, IN), "a.qkv_proj.weight": torch.randn(32, IN)}
     rows, key = [17, 3, 4, 0], torch.randn(8, IN)
@@ -467,7 +467,7 @@ def test_rows_that_are_replaced_cross_the_borders_of_pieces(
 def test_a_larger_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype | None
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", chunk)
     named, more = tensors(), VOCAB + 3
     embed, head = torch.randn(more, IN), torch.randn(more, IN)
     adapter = write_adapter(
@@ -502,7 +502,7 @@ def test_a_larger_vocabulary(
 def test_untied_weights_become_two_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, shards: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", chunk)
     named = tensors(head=False)
     config = CONFIG | {"tie_word_embeddings": True}
     model = write_model(tmp_path / "model", named, shards, config)
@@ -534,7 +534,7 @@ def test_untied_weights_become_two_tensors(
 def test_dora_is_that_of_the_live_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, block: int, strength: float
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block)
     named = tensors()
     prefix = "base_model.model.model.embed_tokens"
@@ -694,7 +694,7 @@ def test_file_systems_that_cannot_copy_in_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, at: int
 ) -> None:
     """Copying falls back to a buffer, also in the middle of a tensor, and the bytes are the same."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 50)
     monkeypatch.setattr(files, "COPY_BYTES", 30)
     named, calls = tensors(), []
     copy = os.copy_file_range
@@ -743,7 +743,7 @@ def test_file_systems_that_share_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*arguments: Any) -> int:
         raise AssertionError("copied what is shared already")
 
-    monkeypatch.setattr(checkpoint, "clone", clone)
+    monkeypatch.setattr(copying, "clone", clone)
     monkeypatch.setattr(os, "copy_file_range", never)
     apply_checkpoint(model, adapter, tmp_path / "out")
     assert_same(read_model(tmp_path / "out"), live(named, adapter))
@@ -778,7 +778,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
 def test_the_progress_bar_ends_at_its_total(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 99)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 99)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 40)
     bars: list[Any] = []
 

@@ -189,7 +189,7 @@ def test_several_files_of_several_threads(tmp_path: Path) -> None:
 def test_pieces_smaller_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portllm.pieces.rows_per_block", lambda columns: 4)
     monkeypatch.setattr("portllm.reference.rows_per_block", lambda columns: 4)
-    monkeypatch.setattr("portllm.checkpoint.CHUNK_BYTES", 4 * IN * 2)
+    monkeypatch.setattr("portllm.copying.CHUNK_BYTES", 4 * IN * 2)
     state = training_state(whole_tensors())
     dcp.save(state, checkpoint_id=tmp_path / "model")
     patch = adapter(tmp_path / "adapter")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import portllm
-from portllm import CheckpointError, PlanError, apply_checkpoint, checkpoint, cli, quant, requantise
+from portllm import CheckpointError, PlanError, apply_checkpoint, cli, copying, quant, requantise
 from portllm.live import live_target
 from portllm.quant import E4M3, E8M0
 from portllm.quantised import find
@@ -195,7 +195,7 @@ def test_the_patch_is_in_the_weight_and_nothing_else_changes(name: str, backend:
 def test_disk_gives_the_bits_of_live(
     name: str, shards: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(quant, "TILE_ELEMENTS", 1 << 11)
     made = FORMATS[name]()
     tensors = made.tensors | others()
@@ -235,7 +235,7 @@ class _Model(nn.Module):
 def test_rounding_by_chance_is_the_same_live_and_on_disk(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(quant, "TILE_ELEMENTS", 1 << 11)
     made = FORMATS[name]()
     patch = write_patch(tmp_path / "adapter", 1e-2 * float(made.weight.std()))
@@ -328,7 +328,7 @@ def experts(layout: str) -> tuple[dict[str, Tensor], Tensor, str]:
 def test_stacked_experts(
     layout: str, transposed: bool, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(copying, "CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(quant, "TILE_ELEMENTS", 1 << 11)
     tensors, weight, name = experts(layout)
     rank, size = 2, 0.2 * float(weight.std())

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from portllm import CheckpointError, PlanError, PortllmError, apply_checkpoint, checkpoint
+from portllm import CheckpointError, PlanError, PortllmError, apply_checkpoint, copying
 from portllm.ranks import Ranks
 
 from . import distributed
@@ -76,7 +76,7 @@ def _together(place: str) -> dict[str, Any]:
 
     root, rank, last = Path(place), dist.get_rank(), dist.get_world_size() - 1
     patch: Any = root / "adapter" if rank == 0 else None  # only rank 0 has to have it
-    write_shards, write_side_files = checkpoint._Job.write_shards, checkpoint._Job.write_side_files
+    write_shards, write_side_files = copying.Job.write_shards, copying.Job.write_side_files
     found = {}
     found["safetensors"] = _outcome(root / "model", patch, root / "new" / "out")
     found["options"] = _outcome(root / "model", [patch], root / "cast", dtype=torch.float32, progress=True)
@@ -95,13 +95,13 @@ def _together(place: str) -> dict[str, Any]:
 
     for name, error in (("full", CheckpointError("disk full")), ("broken", ZeroDivisionError("by zero"))):
         if rank == last:
-            checkpoint._Job.write_shards = failing(error)  # type: ignore[method-assign]
+            copying.Job.write_shards = failing(error)  # type: ignore[method-assign]
         found[name] = _outcome(root / "model", patch, root / "old", overwrite=True)
-        checkpoint._Job.write_shards = write_shards  # type: ignore[method-assign]
+        copying.Job.write_shards = write_shards  # type: ignore[method-assign]
     if rank == 0:
-        checkpoint._Job.write_side_files = failing(CheckpointError("side files"))  # type: ignore[method-assign]
+        copying.Job.write_side_files = failing(CheckpointError("side files"))  # type: ignore[method-assign]
     found["late"] = _outcome(root / "model", patch, root / "old", overwrite=True)
-    checkpoint._Job.write_side_files = write_side_files  # type: ignore[method-assign]
+    copying.Job.write_side_files = write_side_files  # type: ignore[method-assign]
     found["left over"] = sorted(path.name for path in root.iterdir() if path.name.startswith("."))
     found["old"] = snapshot(root / "old")
     dist.barrier()
@@ -199,14 +199,14 @@ def killed() -> None:
     """``portllm`` in which rank 1 is killed as it begins to write."""
     from portllm import cli
 
-    write_shards = checkpoint._Job.write_shards
+    write_shards = copying.Job.write_shards
 
     def write(*arguments: Any) -> None:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         write_shards(*arguments)
 
-    checkpoint._Job.write_shards = write  # type: ignore[method-assign]
+    copying.Job.write_shards = write  # type: ignore[method-assign]
     sys.exit(cli.main())
 
 
