@@ -141,8 +141,8 @@ def bind(target: Target, patches: Sequence[tuple[Patch, float]], options: Option
         warnings += [w for w in binder.warnings if w not in warnings]
     updates = tuple(_merge(pieces))
     quantised = {u.name: target.quantised.weights[u.name] for u in updates if u.name in target.quantised.weights}
-    if untie and (both := sorted(quantised.keys() & {*untie.names, *untie.names.values()})):
-        raise refuse(target.quantised.weights[both[0]], "tied; it cannot be given a tensor for each of its names")
+    if untie and (tied := target.quantised.weights.keys() & set(untie.names.values())):
+        raise refuse(target.quantised.weights[min(tied)], "tied; it cannot be given a tensor for each of its names")
     return Plan(
         updates=updates,
         assigns=tuple(a for group in assigns.values() for a in group),

@@ -272,6 +272,9 @@ def refusals(seed: int, adapters: dict[str, list[str]]) -> None:
     with pytest.raises(portllm.PlanError, match=r"layers\.0\.mlp\.up_proj\.weight is a partial sum .* redistribute"):
         portllm.apply(partial, path)
 
+    with pytest.raises(portllm.PlanError, match=r"proj\.weight is sharded, so rounding='auto' cannot tell"):
+        portllm.apply(fsdp(mesh)(copy.deepcopy(base)), path, rounding="auto")
+
     tied = fsdp(mesh)(build("qwen3", seed))
     with pytest.raises(portllm.PlanError, match=r"lm_head\.weight is sharded and cannot be untied"):
         portllm.apply(tied, adapters["qwen3"][0], tied="untie")

@@ -18,6 +18,7 @@ from portllm import CheckpointError, PlanError, apply_checkpoint, cli, copying, 
 from portllm.live import live_target
 from portllm.quant import E4M3, E8M0
 from portllm.quantised import find
+from portllm.sharding import localise
 from portllm.shards import Checkpoint
 
 from .test_quant import Weight
@@ -444,6 +445,28 @@ def test_what_needs_the_whole_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"quantised \(fp8_e4m3\), and .* of the patch would replace it"):
         portllm.apply(made.tensors, write_adapter(tmp_path / "saved", saved, modules_to_save=["up_proj"]))
     assert torch.equal(weight_of(made.tensors, {}), made.weight.float().double())
+
+
+def test_what_replaces_or_parts_quantised_weights_is_refused(tmp_path: Path) -> None:
+    made = FORMATS["deepseek"]()
+    embedding = {f"model.embed_tokens.{n.rpartition('.')[2]}": t for n, t in made.tensors.items()}
+    tokens = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, IN)}
+    settings = {"target_modules": [], "trainable_token_indices": {"embed_tokens": [0, 3]}}
+    with pytest.raises(PlanError, match=r"quantised \(fp8_e4m3\), and .*embed_tokens has trained tokens"):
+        portllm.apply(embedding, write_adapter(tmp_path / "tokens", tokens, **settings))
+    factors = {
+        "base_model.model.lm_head.lora_A.weight": torch.randn(4, IN),
+        "base_model.model.lm_head.lora_B.weight": torch.randn(OUT, 4),
+    }
+    tied = embedding | {"lm_head.weight": embedding["model.embed_tokens.weight"]}
+    with pytest.raises(PlanError, match=r"quantised \(fp8_e4m3\), and tied; it cannot be given a tensor for each"):
+        portllm.apply(tied, write_adapter(tmp_path / "head", factors, target_modules=["lm_head"]), tied="untie")
+
+
+def test_a_part_of_a_quantised_weight_is_refused(tmp_path: Path) -> None:
+    made = FORMATS["deepseek"]()
+    with pytest.raises(PlanError, match=f"{NAME}.weight is quantised and sharded, which cannot be patched yet"):
+        localise(portllm.plan(made.tensors, write_patch(tmp_path / "adapter", 1.0)), {})
 
 
 def test_a_meta_target_can_be_planned(tmp_path: Path) -> None:
