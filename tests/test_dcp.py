@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 import portllm
 from portllm import CheckpointError, Patch, PlanError, PortllmError, apply_checkpoint, ops
@@ -463,12 +464,20 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+class Sly:
+    """A pickle that asks a harmless class for what is not."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (TensorProperties, "__init__")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no metadata": (lambda p: (p / ".metadata").unlink(), "holds .distcp files, but no .metadata: the save was cut"),
     "metadata of each rank": (lambda p: (p / ".metadata").rename(p / "__0.metadata"), "use_collectives=True"),
     "no pickle": (lambda p: (p / ".metadata").write_bytes(b"\x80\x04N"), "not sound metadata of a DCP checkpoint"),
     "half a pickle": (lambda p: os.truncate(p / ".metadata", 300), "not sound metadata of a DCP checkpoint"),
     "code": (lambda p: (p / ".metadata").write_bytes(pickle.dumps(Evil(p / "evil"))), "posix.mkdir, which is no part"),
+    "attribute": (lambda p: (p / ".metadata").write_bytes(pickle.dumps(Sly())), "asks for __init__ of"),
     "missing file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp: missing, but holds"),
     "truncated": (_shorter, "; copy it again"),
     "planner": (_edit(lambda m: setattr(m, "planner_data", {"a": 3})), "planner data of an unknown kind (dict)"),

@@ -435,7 +435,7 @@ class TestCompiled:
         self, compiled: dict[str, Any], name: str, architecture: int
     ) -> None:
         ptx = compiled[f"{architecture} {name}"]["ptx"]
-        assert ("or.b32" in re.findall(r"red\.global\.gpu\.relaxed\.(or\.b32)", ptx)) == ("off" not in name)
+        assert ("or.b32" in re.findall(r"(?:red|atom)\.global\.gpu\.relaxed\.(or\.b32)", ptx)) == ("off" not in name)
         assert "acq_rel" not in ptx
 
     def test_registers_nearly_suffice(self, compiled: dict[str, Any], name: str, architecture: int) -> None:
