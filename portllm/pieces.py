@@ -49,13 +49,7 @@ class TensorPlan:
 
     def pieces(self, limit: int) -> Iterator[tuple[int, int]]:
         """[start, stop) of pieces of all rows, each of at most ``limit`` rows if the cuts allow."""
-        start = previous = 0
-        for cut in self.cuts():
-            if cut - start > limit and previous > start:
-                yield start, previous
-                start = previous
-            previous = cut
-        yield start, self.rows
+        return joined(self.cuts(), limit)
 
     def touches(self, start: int, stop: int) -> bool:
         """Whether anything falls on rows [start, stop)."""
@@ -91,6 +85,17 @@ def tensor_plans(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> dict[str, Te
     for assign in plan.assigns:
         assigns.setdefault(assign.name, []).append(assign)
     return {name: TensorPlan(updates.get(name, ()), assigns.get(name, ()), shapes[name]) for name in plan.tensors}
+
+
+def joined(cuts: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of pieces from 0 to the last cut, each of at most ``limit`` rows if the cuts, ascending, allow."""
+    start = previous = 0
+    for cut in cuts:
+        if cut - start > limit and previous > start:
+            yield start, previous
+            start = previous
+        previous = cut
+    yield start, previous
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
+from .pieces import joined
 from .quant import E4M3, SCHEMES, Scheme, Shape, dequantise, nearest_in
 from .requantise import lowrank_requantise_
 
@@ -136,13 +137,7 @@ class QuantisedPlan:
 
     def pieces(self, limit: int) -> Iterator[tuple[int, int]]:
         """[start, stop) of pieces of all rows, each of at most ``limit`` rows if blocks and tiles allow."""
-        start = previous = 0
-        for cut in self._cuts():
-            if cut - start > limit and previous > start:
-                yield start, previous
-                start = previous
-            previous = cut
-        yield start, self.weight.rows
+        return joined(self._cuts(), limit)
 
     def _cuts(self) -> list[int]:
         """Rows where the weight may be cut: where a unit's tiles end, which live are the same, and between units."""
