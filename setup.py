@@ -24,7 +24,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -113,10 +115,22 @@ class BuildNative(build_ext):
                 if nvcc is None:
                     return "there is no nvcc (CUDA_HOME or the PATH should lead to it)"
                 self.add_kernels(ext, nvcc)
+            self.compile_at_once()
             super().build_extension(ext)
         except Exception as error:  # whatever goes wrong in the compiler, the package must still install
             return f"{type(error).__name__}: {error}"
         return None
+
+    def compile_at_once(self) -> None:
+        """Let the compiler take as many files at once as there are cores."""
+        compile_one = type(self.compiler).compile.__get__(self.compiler)
+
+        def compile_all(files: list[str], *arguments: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda file: compile_one([file], *arguments, **options), files)
+                return [target for targets in made for target in targets]
+
+        self.compiler.compile = compile_all
 
     def add_kernels(self, ext: Extension, nvcc: str) -> None:
         """Compile the kernels with nvcc, for the linker to add."""
