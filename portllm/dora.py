@@ -17,15 +17,15 @@ from torch import Tensor
 from . import ops, reference
 from .reference import FLOAT_DTYPES
 
-_ARGUMENTS = "Tensor[] weights, Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] n_terms"
+_ARGUMENTS = ops._ARGUMENTS.replace("(a!)", "")  # of an op that writes to no weight
 _MORE = "Tensor[] magnitudes, int[] axes, float[] strengths, Tensor[] squares"
 torch.library.define(
     "portllm::lowrank_dora_",
-    f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}, str backend='auto', int[] modes=[]) -> ()",
+    f"({ops._ARGUMENTS}, {_MORE}, str backend='auto', int[] modes=[]) -> ()",
 )
 torch.library.define("portllm::lowrank_dora_squares", f"({_ARGUMENTS}, int[] axes, str backend='auto') -> Tensor[]")
 # The compiled library adds implementations to these.
-torch.library.define("portllm::lowrank_dora_cpu_", f"({_ARGUMENTS.replace('[]', '(a!)[]', 1)}, {_MORE}) -> ()")
+torch.library.define("portllm::lowrank_dora_cpu_", f"({ops._ARGUMENTS}, {_MORE}) -> ()")
 torch.library.define("portllm::lowrank_dora_squares_cpu_", f"({_ARGUMENTS}, int[] axes, Tensor(a!)[] squares) -> ()")
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch.distributed; who has a DTensor has done so.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -204,18 +205,11 @@ def _cuts(name: str, dtensor: DTensor, dim: int) -> list[int]:
         strides = getattr(placement, "split_factor", None)
         if strides is None:
             order.insert(0, mesh_dim)
-        elif strides == _product(dtensor.device_mesh.size(m) for m in order):
+        elif strides == math.prod(dtensor.device_mesh.size(m) for m in order):
             order.append(mesh_dim)  # FSDP2 divides what tensor parallelism has divided before
         else:
             raise PlanError(f"{name}: the placements {dtensor.placements} are not known; redistribute it to Shard")
     return order
-
-
-def _product(numbers: Iterable[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= number
-    return product
 
 
 def _rank() -> int:

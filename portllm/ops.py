@@ -348,6 +348,18 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
+def asked_for(requested: str) -> str:
+    """The backend that the caller names, or else the environment's PORTLLM_BACKEND: one of ``BACKENDS``, or "auto".
+
+    Raises:
+        BackendError: there is no such backend.
+    """
+    name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
+    return name
+
+
 def backend_for(weight: Tensor, requested: str = "auto", *, plain: bool = True) -> str:
     """The one place where the backend for a weight is chosen.
 
@@ -362,13 +374,11 @@ def backend_for(weight: Tensor, requested: str = "auto", *, plain: bool = True) 
     Raises:
         BackendError: the named backend does not exist, is not available here, or does not take this weight.
     """
-    name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
+    name = asked_for(requested)
     if name == "auto":
         # "cuda" is not yet measured: until it is, Triton goes first.
         fastest = {"cpu": "cpu", "cuda": "triton"}.get(weight.device.type, "torch")
         return fastest if _takes(fastest, weight) is None and unavailable(fastest) is None else "torch"
-    if name not in BACKENDS:
-        raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
     reason = unavailable(name) or _takes(name, weight)
     if name == "cuda" and not plain:
         reason = reason or "it rounds to nearest only, and keeps no zeros; 'triton' and 'torch' do"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import quant
 from .errors import BackendError
-from .ops import BACKENDS, unavailable
+from .ops import asked_for, unavailable
 from .quant import SCHEMES, is_large
 from .reference import FLOAT_DTYPES
 
@@ -76,9 +75,7 @@ def backend_for(codes: Tensor, requested: str = "auto") -> str:
     Raises:
         BackendError: the named backend does not exist, or does not requantise.
     """
-    name = requested if requested != "auto" else os.environ.get("PORTLLM_BACKEND", "auto")
-    if name not in ("auto", *BACKENDS):
-        raise BackendError(f"there is no backend {name!r}; choose from {', '.join(BACKENDS)}")
+    name = asked_for(requested)
     reason = unavailable_on_cpu() if codes.device.type == "cpu" else f"it runs on the CPU only, not on {codes.device}"
     if name == "cpu" and reason:
         raise BackendError(f"backend 'cpu' cannot update a quantised weight: {reason}")
